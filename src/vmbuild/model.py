@@ -1,0 +1,210 @@
+"""The nouns every layer speaks: frozen values with their units in their names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from vmbuild.errors import UsageError
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
+_UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
+
+
+def parse_size(text: str, *, what: str = "size") -> int:
+    """Return the bytes that a size as people write it means: `2G`, `1500M`, `1.5GiB`, `1073741824`.
+
+    Units are powers of 1024, as QEMU and Docker read them. Raises UsageError for anything else, zero included.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match["number"]) * _UNITS[match["unit"].lower()]) if match else 0
+    if size <= 0:
+        raise UsageError(
+            f"{text!r} is not a {what}",
+            resolution="Write a number and a unit, such as 2G, 1500M or 512MiB.",
+        )
+    return size
+
+
+def format_size(size_bytes: float) -> str:
+    """Return bytes as people read them, such as `1.5 GiB`."""
+    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{int(size_bytes)} B"
+
+
+class Arch(StrEnum):
+    """An architecture that a guest can have, by its Debian name."""
+
+    ARM64 = "arm64"
+    ARMHF = "armhf"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One suite of a signed Debian repository, as the catalogue declares it.
+
+    `mirror` names the mirror setting that it follows (`debian` or `debian-security`); `public_url` is the default.
+    An `optional` repository that cannot be reached costs a warning, not the guest image.
+    """
+
+    suite: str
+    mirror: str
+    public_url: str
+    components: tuple[str, ...] = ("main",)
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """A row of the catalogue: how one guest image is made and what it boots on.
+
+    `folder` is where the catalogue file lies (guest files and keys are found relative to it). `modules` are loaded
+    in the initramfs, `exclude` are path prefixes left out of the root tree, `without` are packages left out of
+    the dependency closure.
+    """
+
+    name: str
+    kind: str
+    arch: Arch
+    description: str
+    folder: Path
+    repositories: tuple[Repository, ...]
+    keyrings: tuple[Path, ...]
+    packages: tuple[str, ...]
+    without: tuple[str, ...]
+    exclude: tuple[str, ...]
+    kernel: str
+    modules: tuple[str, ...]
+    guest_files: Path
+    machine_type: str
+    cpu_model: str
+    kernel_args: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GuestImage:
+    """A guest image that lies whole and verified in the cache. `digest` is the SHA-256 of its manifest."""
+
+    name: str
+    digest: str
+    arch: Arch
+    kernel: Path
+    initrd: Path
+    root: Path
+    machine_type: str
+    cpu_model: str
+    kernel_args: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where vmbuild keeps things: `cache` may be deleted at any time, `state` holds the machines."""
+
+    cache: Path
+    state: Path
+
+
+@dataclass(frozen=True)
+class MachineRequest:
+    """The machine that the user's settings ask for, before its guest image is at hand.
+
+    `mirror` and `security_mirror` are URLs or `auto` (the host's own apt, else the catalogue's public default).
+    `given` names the settings that the user chose, as against defaults: a running machine that differs from a
+    default is no surprise, one that differs from a choice deserves a warning.
+    """
+
+    name: str
+    cpus: int
+    memory_mib: int
+    disk_bytes: int
+    image: str
+    mirror: str = "auto"
+    security_mirror: str = "auto"
+    timeout_s: float = 300.0
+    given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What a machine is asked to be."""
+
+    name: str
+    cpus: int
+    memory_mib: int
+    disk_bytes: int
+    image: GuestImage
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a guest's SSH server listens on the host, and the files that authenticate both sides."""
+
+    host: str
+    port: int
+    user: str
+    client_key: Path
+    host_public_key: Path
+
+
+@dataclass(frozen=True)
+class MachineStatus:
+    """What a machine is at this moment, derived from its process and QMP. Times are POSIX seconds."""
+
+    name: str
+    state: str
+    pid: int | None = None
+    ssh_port: int | None = None
+    cpus: int | None = None
+    memory_mib: int | None = None
+    disk_virtual_bytes: int | None = None
+    disk_actual_bytes: int | None = None
+    image: str | None = None
+    image_digest: str | None = None
+    rss_bytes: int | None = None
+    started_at: float | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One `docker build`, as the user asked for it.
+
+    `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
+    docker archive's path, `-` for standard output, or None to leave the container image in the guest.
+    """
+
+    context: str
+    tags: tuple[str, ...] = ()
+    dockerfile: str | None = None
+    build_args: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    target: str | None = None
+    platform: str = "linux/arm64"
+    no_cache: bool = False
+    pull: bool = False
+    progress: str = "auto"
+    output: str | None = None
+    iidfile: Path | None = None
+    metadata_file: Path | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What came out of a build. `image_id` is `sha256:...`; sizes in bytes, times in seconds."""
+
+    image_id: str
+    tags: tuple[str, ...]
+    output: str | None
+    output_bytes: int
+    context_bytes: int
+    seconds: float

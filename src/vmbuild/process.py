@@ -1,0 +1,161 @@
+"""Run, feed and stop programs of the host. The only importer of subprocess."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from vmbuild.deadline import NEVER, Deadline
+from vmbuild.errors import HostError
+
+PACKAGES = {
+    "gpgv": "gpgv",
+    "qemu-img": "qemu-utils",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "sqfstar": "squashfs-tools",
+}
+
+
+class CommandError(HostError):
+    """A program of the host failed: its argv, exit code and output."""
+
+    def __init__(self, argv: Sequence[str], code: int, output: str) -> None:
+        super().__init__(
+            f"{Path(argv[0]).name} failed with exit code {code}",
+            details=f"$ {shlex.join(argv)}\n{output.strip()}",
+        )
+        self.code = code
+        self.output = output
+
+
+def find_program(name: str) -> str:
+    """Return the path of a program on PATH. Raises HostError that names the Debian package when it is missing."""
+    path = shutil.which(name)
+    if path is None:
+        package = PACKAGES.get(name, name)
+        raise HostError(
+            f"the program {name} is not installed",
+            resolution=f"Install it (Debian, Ubuntu: apt install {package}) or run `vmbuild doctor`.",
+        )
+    return path
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    deadline: Deadline = NEVER,
+    expect: Sequence[int] = (0,),
+) -> bytes:
+    """Run a program to its end and return its standard output.
+
+    Raises HostError when it is not there or takes too long, CommandError (a HostError) when its exit code is not
+    among `expect`.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    try:
+        done = subprocess.run(
+            argv,
+            input=stdin,
+            capture_output=True,
+            cwd=cwd,
+            env=dict(env) if env is not None else None,
+            timeout=None if deadline.at is None else deadline.remaining_s(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HostError(f"{Path(argv[0]).name} did not end in time", details=shlex.join(argv)) from error
+    if done.returncode not in expect:
+        output = (done.stderr + done.stdout).decode(errors="replace")
+        raise CommandError(argv, done.returncode, output)
+    return done.stdout
+
+
+@contextmanager
+def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
+    """Run a program that reads its standard input, yielding the pipe to write to.
+
+    The program has ended well when the block is left; it is killed when the block is left by an exception.
+    Raises CommandError when it fails.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
+        assert program.stdin is not None and program.stderr is not None  # noqa: S101 - both are pipes
+        try:
+            yield program.stdin
+            program.stdin.close()
+            errors = program.stderr.read()
+        except BrokenPipeError:
+            errors = program.stderr.read()
+        except BaseException:
+            program.kill()
+            raise
+    if program.returncode != 0:
+        raise CommandError(argv, program.returncode, errors.decode(errors="replace"))
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process exists and is not a zombie."""
+    return _proc_column(pid, "state=") not in ("", "Z")
+
+
+def command_line(pid: int) -> str:
+    """Return the command line of a process, empty when there is none."""
+    return _proc_column(pid, "args=")
+
+
+def rss_bytes(pid: int) -> int | None:
+    """Return the resident memory of a process, None when there is no such process."""
+    text = _proc_column(pid, "rss=")
+    return int(text) * 1024 if text.isdigit() else None
+
+
+def _proc_column(pid: int, column: str) -> str:
+    proc = Path("/proc") / str(pid)
+    if not Path("/proc/self/stat").exists():  # macOS
+        done = subprocess.run(["ps", "-ww", "-o", column, "-p", str(pid)], capture_output=True, check=False)
+        return done.stdout.decode(errors="replace").strip()
+    try:
+        if column == "args=":
+            return proc.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        if column == "state=":
+            return proc.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+        pages = int(proc.joinpath("statm").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return str(pages * os.sysconf("SC_PAGE_SIZE") // 1024)
+
+
+def stop(pid: int, *, grace_s: float = 5.0) -> None:
+    """End a process: terminate, wait, kill. Harmless when it is gone already."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        if wait_gone(pid, Deadline.after(grace_s)):
+            return
+
+
+def wait_gone(pid: int, deadline: Deadline) -> bool:
+    """Wait until a process is gone; tell whether it is."""
+    while is_alive(pid):
+        if deadline.passed:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def replace_with(argv: Sequence[str]) -> None:
+    """Become another program (exec). Does not return. Raises HostError when the program is missing."""
+    os.execv(find_program(argv[0]), list(argv))  # noqa: S606 - no shell is wanted
