@@ -47,6 +47,10 @@ class Arch(StrEnum):
     ARMHF = "armhf"
 
 
+PLATFORMS = {"linux/arm64": Arch.ARM64}
+"""The container platforms that a machine builds for, and the Debian architecture of each."""
+
+
 @dataclass(frozen=True)
 class Repository:
     """One suite of a signed Debian repository, as the catalogue declares it.
@@ -179,7 +183,8 @@ class BuildRequest:
     """One `docker build`, as the user asked for it.
 
     `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
-    docker archive's path, `-` for standard output, or None to leave the container image in the guest.
+    docker archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
+    columns and rows of the terminal that BuildKit may draw on.
     """
 
     context: str
@@ -191,7 +196,8 @@ class BuildRequest:
     platform: str = "linux/arm64"
     no_cache: bool = False
     pull: bool = False
-    progress: str = "auto"
+    progress: str = "plain"
+    terminal: tuple[int, int] | None = None
     output: str | None = None
     iidfile: Path | None = None
     metadata_file: Path | None = None

@@ -1,0 +1,271 @@
+"""The recipe: fetch a guest image, run a machine, work in its guest.
+
+Read this first: every command is one function here, its steps in order; no step calls the next.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vmbuild.deadline import Deadline
+from vmbuild.errors import MachineError, UsageError
+from vmbuild.guest import archive, context, docker, ready, seed, ssh, terminal
+from vmbuild.guest.session import Feed, Session, copy_from
+from vmbuild.image import base as base_image
+from vmbuild.image import catalog, store
+from vmbuild.machine import lifetime, serial
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import probe
+from vmbuild.model import (
+    PLATFORMS,
+    BuildRequest,
+    BuildResult,
+    Endpoint,
+    GuestImage,
+    Home,
+    MachineRequest,
+    MachineSpec,
+    MachineStatus,
+)
+from vmbuild.report import Reporter
+from vmbuild.whole import write_whole
+
+POWER_OFF_S = 30.0
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
+def up(request: MachineRequest, home: Home, report: Reporter) -> MachineStatus:
+    """Start the machine, or find it running; return when Docker answers."""
+    with open_session(request, home, report):
+        return status(request.name, home)
+
+
+@contextmanager
+def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
+    """Yield a session in a guest that is ready, starting the machine when it does not run."""
+    deadline = Deadline.after(request.timeout_s)
+    files = MachineFiles.at(home.state, request.name)
+    with lifetime.lock(files, report):
+        started = _ensure_running(request, files, home, report)
+    try:
+        session = ready.wait_ready(
+            lambda limit: ssh.SshSession.connect(_endpoint(files), limit),
+            lambda: lifetime.check_alive(files),
+            deadline,
+            report,
+        )
+    except BaseException:
+        if started:  # nobody has seen this machine work: leave nothing behind that has to be found and ended
+            lifetime.stop(files, Deadline.after(POWER_OFF_S))
+        raise
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> bool:
+    """Start the machine unless it runs; tell whether it was started here."""
+    now = lifetime.status(files)
+    if now.state == "running":
+        _warn_of_differences(request, now, report)
+        return False
+    image = _guest_image(request, home, report)
+    spec = MachineSpec(request.name, request.cpus, request.memory_mib, request.disk_bytes, image)
+    qemu = probe(image.arch, home.cache)
+    lifetime.prepare(spec, files, explicit_disk="disk" in request.given)
+    seed.write_seed(
+        files.seed,
+        hostname=f"vmbuild-{request.name}",
+        client_key=files.client_key,
+        host_key=files.host_key,
+        environment={name: os.environ[name] for name in PROXY_VARIABLES if name in os.environ},
+    )
+    report.step(f"Starting the machine {request.name}")
+    lifetime.start(spec, files, qemu, report)
+    return True
+
+
+def _guest_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+    mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
+    return store.ensure(catalog.load_image(request.image), mirrors, home.cache, report)
+
+
+def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:
+    asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
+    has = {"cpus": now.cpus, "memory": now.memory_mib, "image": now.image}
+    for key in sorted(request.given & asked.keys()):
+        if asked[key] != has[key]:
+            report.warn(
+                f"the machine {request.name} runs with {key} {has[key]}; "
+                f"{asked[key]} takes effect after `vmbuild down {request.name}`"
+            )
+
+
+def _endpoint(files: MachineFiles) -> Endpoint:
+    now = lifetime.status(files)
+    if now.ssh_port is None:
+        raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
+    return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
+
+
+@contextmanager
+def running_session(name: str, home: Home) -> Iterator[Session]:
+    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+    files = MachineFiles.at(home.state, name)
+    if lifetime.status(files).state != "running":
+        raise MachineError(
+            f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
+        )
+    session = ssh.SshSession.connect(_endpoint(files), Deadline.after(30))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def build(
+    request: MachineRequest, job: BuildRequest, home: Home, report: Reporter, *, stdin: BinaryIO, stdout: BinaryIO
+) -> BuildResult:
+    """Build a container image in the guest and bring it back. Raises BuildError when a step of the Dockerfile fails."""
+    begun = time.monotonic()
+    source = None if _is_remote(job.context) else context.open_context(Path(job.context), job.dockerfile, stdin)
+    with (
+        archive.open_output(job.output, stdout) as out,
+        open_session(request, home, report) as session,
+        docker.workspace(session) as work,
+    ):
+        sent = 0
+        feed: Feed | None = None
+        if source is None:
+            where, dockerfile = job.context, job.dockerfile
+            feed = copy_from(stdin) if job.context == "-" else None
+        else:
+            report.step("Sending the build context")
+            where, dockerfile = work.context, source.dockerfile_inside
+            with report.meter("context", None) as meter:
+                sent = docker.unpack_context(session, work, source.write_tar, meter)
+            if dockerfile is None:
+                docker.write_file(session, work.dockerfile, source.dockerfile_content)
+            dockerfile = f"{work.context}/{dockerfile}" if dockerfile else work.dockerfile
+        report.step("Building")
+        argv = docker.build_argv(job, work, where, dockerfile)
+        docker.run_build(session, argv, report.output, feed=feed, terminal=job.terminal, quiet=job.quiet)
+        image_id, metadata = docker.image_id(session, work)
+        size = 0
+        if job.output is not None:
+            report.step("Bringing the container image back")
+            known = base_image.known_layers(home.cache)
+            size = archive.write_archive(session, image_id, job.tags, out, known, report)
+    _write_result_files(job, image_id, metadata)
+    return BuildResult(image_id, job.tags, job.output, size, sent, time.monotonic() - begun)
+
+
+def _is_remote(text: str) -> bool:
+    """Tell whether a context is Docker's to fetch: standard input, a URL, or Git's short forms."""
+    return text == "-" or "://" in text or text.startswith(("git@", "github.com/"))
+
+
+def _write_result_files(job: BuildRequest, image_id: str, metadata: str) -> None:
+    for path, text in ((job.iidfile, image_id), (job.metadata_file, metadata)):
+        if path is not None:
+            write_whole(path, text.encode())
+
+
+def base(request: MachineRequest, reference: str, home: Home, report: Reporter, *, platform: str, force: bool) -> str:
+    """Make a Debian base image in the guest from signed packages; return its id. Needs no registry."""
+    spec = catalog.load_base(reference)
+    if platform not in PLATFORMS:
+        raise UsageError(
+            f"vmbuild cannot make a base image for {platform}", resolution=f"Choose one of: {', '.join(PLATFORMS)}."
+        )
+    with open_session(request, home, report) as session:
+        if not force and (found := docker.image_for(session, spec.repo_tag, platform)):
+            return found
+        mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
+        plan = base_image.plan(spec, PLATFORMS[platform], mirrors, home.cache, report)
+        if not plan.layer.exists():
+            with docker.workspace(session) as work:
+                report.step(f"Unpacking {len(plan.packages)} packages in the guest")
+                docker.unpack_tree(session, work, lambda sink: base_image.write_compressed(plan, sink, report))
+                report.step("Configuring the packages in the guest")
+                docker.configure_tree(session, work, report.output)
+                report.step("Bringing the base image back, for the next machine")
+                with base_image.layer_writer(plan) as write:
+                    docker.pack_tree(session, work, write)
+        report.step(f"Loading {spec.repo_tag}")
+        return docker.import_image(session, base_image.feed_layer(plan), spec.repo_tag, platform)
+
+
+def run_in_guest(request: MachineRequest, argv: Sequence[str], home: Home, report: Reporter) -> int:  # noqa: ARG001
+    """Run a command in the guest with this terminal's input and output, or a shell; return its exit code."""
+    with running_session(request.name, home) as session:
+        return terminal.attach(session, argv)
+
+
+def down(name: str, home: Home, report: Reporter) -> bool:
+    """Stop the machine, keeping its disk; tell whether it ran."""
+    files = _existing(name, home)
+    with lifetime.lock(files, report):
+        if lifetime.status(files).state == "stopped":
+            return False
+        report.step(f"Stopping the machine {name}")
+        lifetime.stop(files, Deadline.after(POWER_OFF_S), ask=lambda: _power_off(files))
+        return True
+
+
+def _power_off(files: MachineFiles) -> None:
+    session = ssh.SshSession.connect(_endpoint(files), Deadline.after(10))
+    try:
+        session.run(["poweroff"], deadline=Deadline.after(10))
+    finally:
+        session.close()
+
+
+def destroy(name: str, home: Home, report: Reporter) -> bool:
+    """Stop the machine without asking and delete its folder: disk, keys, logs. Tell whether there was one."""
+    files = MachineFiles.at(home.state, name)
+    if not files.folder.exists():
+        return False
+    with lifetime.lock(files, report):
+        report.step(f"Destroying the machine {name}")
+        lifetime.stop(files, Deadline.after(POWER_OFF_S))
+        lifetime.destroy(files)
+    return True
+
+
+def status(name: str, home: Home) -> MachineStatus:
+    """Return what the machine is now. Raises UsageError when there is none by this name."""
+    return lifetime.status(_existing(name, home))
+
+
+def list_machines(home: Home) -> list[MachineStatus]:
+    """Return every machine of this user."""
+    return lifetime.list_machines(home.state)
+
+
+def _existing(name: str, home: Home) -> MachineFiles:
+    files = MachineFiles.at(home.state, name)
+    if not files.folder.exists():
+        raise UsageError(
+            f"there is no machine named {name}",
+            resolution=f"Make it with `vmbuild up --name {name}`, or see `vmbuild list`.",
+        )
+    return files
+
+
+def console(name: str, home: Home) -> None:
+    """Connect this terminal to the machine's serial console."""
+    files = _existing(name, home)
+    lifetime.check_alive(files)
+    serial.attach_console(files.console)
+
+
+def logs(name: str, home: Home, lines: int, follow: bool) -> Iterator[str]:
+    """Yield the last lines of the console's log, then, with `follow`, each new one."""
+    return serial.follow(_existing(name, home).console_log, lines, follow)

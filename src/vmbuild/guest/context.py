@@ -1,0 +1,185 @@
+"""A folder of the host -> the tar stream that the guest unpacks, with `.dockerignore` honoured on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from vmbuild.errors import UsageError
+from vmbuild.guest.session import Sink
+
+BUFFER_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One line of a `.dockerignore`, as a regular expression over paths relative to the context."""
+
+    regex: re.Pattern[str]
+    negated: bool
+
+
+@dataclass(frozen=True)
+class IgnoreRules:
+    """The rules of a `.dockerignore`; the last that matches a path, or a folder above it, decides.
+
+    Source: docs.docker.com/build/concepts/context, and the matcher it describes (Go's filepath.Match plus `**`).
+    """
+
+    patterns: tuple[Pattern, ...] = ()
+
+    def excludes(self, path: str) -> bool:
+        """Tell whether a path, relative to the context and with forward slashes, stays at home."""
+        parts = path.split("/")
+        candidates = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+        excluded = False
+        for pattern in self.patterns:
+            if pattern.negated == excluded and any(pattern.regex.fullmatch(each) for each in candidates):
+                excluded = not pattern.negated
+        return excluded
+
+    @property
+    def has_exceptions(self) -> bool:
+        """Tell whether something in an excluded folder may still travel."""
+        return any(pattern.negated for pattern in self.patterns)
+
+
+def parse_ignore(text: str) -> IgnoreRules:
+    """Return the rules in a `.dockerignore`. Raises UsageError for a pattern that cannot be read."""
+    patterns = []
+    for line in text.removeprefix("\ufeff").splitlines():
+        line = "" if line.startswith("#") else line.strip()
+        negated = line.startswith("!")
+        cleaned = os.path.normpath(line.removeprefix("!").strip()).lstrip("/") if line.strip("!/ ") else ""
+        if cleaned and cleaned != ".":
+            patterns.append(Pattern(_translate(cleaned, line), negated))
+    return IgnoreRules(tuple(patterns))
+
+
+def _translate(pattern: str, line: str) -> re.Pattern[str]:
+    """Return a Go filepath.Match pattern with `**` as a regular expression."""
+    out, rest = [], pattern
+    while rest:
+        token = _TOKEN.match(rest)
+        assert token is not None  # noqa: S101 - the last alternative takes any character
+        text, rest = token[0], rest[token.end() :]
+        if text.startswith("[") and len(text) > 1:
+            out.append(text.replace("[!", "[\\!", 1))
+        else:
+            out.append(_MEANING.get(text) or re.escape(text.removeprefix("\\") or text))
+    try:
+        return re.compile("".join(out), re.DOTALL)
+    except re.error as error:
+        raise UsageError(f"bad pattern in .dockerignore: {line}", details=str(error)) from error
+
+
+_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[(?:\\.|[^\]\\])+\]|\\.|.", re.DOTALL)
+_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A build context on the host: its folder, its Dockerfile, and what stays at home.
+
+    `dockerfile_inside` is its path relative to the context; None where it lies elsewhere (another folder, standard
+    input), and `dockerfile_content` is what travels.
+    """
+
+    folder: Path
+    dockerfile_inside: str | None
+    dockerfile_content: bytes = b""
+    rules: IgnoreRules = field(default_factory=IgnoreRules)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Yield what travels, sorted: the path relative to the context, and where it lies on the host."""
+        needed = {".dockerignore", self.dockerfile_inside, f"{self.dockerfile_inside}.dockerignore"}
+        yield from _walk(self.folder, "", self.rules, needed)
+
+    def write_tar(self, sink: Sink) -> None:
+        """Write the context as a tar stream. Owners become root, as `docker build` sends them.
+
+        Raises UsageError for a file that cannot be read or changes while it is.
+        """
+        with tarfile.open(
+            fileobj=cast(BinaryIO, sink), mode="w|", bufsize=BUFFER_BYTES, format=tarfile.PAX_FORMAT
+        ) as tar:
+            for name, path in self.files():
+                _add(tar, name, path)
+
+
+def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Context:
+    """Return a folder as a build context. Raises UsageError when the folder or its Dockerfile is not there.
+
+    `dockerfile` is relative to the current folder, as for `docker build -f`, or `-` for standard input.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"the build context {folder} is not a folder",
+            resolution="Name a folder, a Git URL, or - for a tar on standard input.",
+        )
+    if dockerfile == "-":
+        return Context(folder, None, stdin.read(), _read_rules([folder / ".dockerignore"]))
+    path = Path(dockerfile) if dockerfile else folder / "Dockerfile"
+    if not path.is_file():
+        raise UsageError(
+            f"there is no Dockerfile at {path}",
+            resolution="Name it with -f FILE, relative to the current folder.",
+        )
+    rules = _read_rules([Path(f"{path}.dockerignore"), folder / ".dockerignore"])
+    try:
+        return Context(folder, path.absolute().relative_to(folder.absolute()).as_posix(), b"", rules)
+    except ValueError:
+        return Context(folder, None, path.read_bytes(), rules)
+
+
+def _read_rules(candidates: list[Path]) -> IgnoreRules:
+    """Return the rules of the first file that is there: one beside the Dockerfile goes before the context's."""
+    for path in candidates:
+        if path.is_file():
+            return parse_ignore(path.read_text(errors="surrogateescape"))
+    return IgnoreRules()
+
+
+def _walk(folder: Path, prefix: str, rules: IgnoreRules, needed: set[str | None]) -> Iterator[tuple[str, Path]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for entry in entries:
+        name = prefix + entry.name
+        is_folder = entry.is_dir(follow_symlinks=False)
+        excluded = rules.excludes(name)
+        below = any(need is not None and need.startswith(name + "/") for need in needed)
+        if not excluded or name in needed:
+            yield name, Path(entry.path)
+        if is_folder and (not excluded or rules.has_exceptions or below):
+            yield from _walk(Path(entry.path), name + "/", rules, needed)
+
+
+def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            return
+        info = tar.gettarinfo(path, name)
+        info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        if info.isreg():
+            with path.open("rb") as file:
+                tar.addfile(info, file)
+        else:
+            tar.addfile(info)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot read {path} of the build context: {error.strerror or error}",
+        resolution="Make it readable, or exclude it with a line in .dockerignore.",
+    )

@@ -1,0 +1,227 @@
+"""Docker in the guest: its argv, and what its output means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vmbuild.deadline import Deadline
+from vmbuild.errors import BuildError, GuestError
+from vmbuild.guest.session import Feed, Output, Session, Sink, capture, send
+from vmbuild.model import BuildRequest
+from vmbuild.report import Meter
+
+BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
+"""Called without the docker client before it: one emulated program start less."""
+
+WORK = "/var/lib/vmbuild/work"
+TAIL_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder in the guest that holds one build: its context and what comes out of it."""
+
+    folder: str
+
+    @property
+    def context(self) -> str:
+        """Where the context is unpacked."""
+        return f"{self.folder}/context"
+
+    @property
+    def dockerfile(self) -> str:
+        """Where a Dockerfile lies that is not part of the context."""
+        return f"{self.folder}/Dockerfile"
+
+    @property
+    def metadata(self) -> str:
+        """Where BuildKit's metadata is written."""
+        return f"{self.folder}/metadata.json"
+
+
+@contextmanager
+def workspace(session: Session) -> Iterator[Workspace]:
+    """Make a workspace and remove it at the end, whatever happens."""
+    script = f"umask 077; mkdir -p {WORK} && work=$(mktemp -d {WORK}/XXXXXX) && mkdir $work/context && echo $work"
+    folder = capture(session, ["sh", "-c", script]).strip()
+    try:
+        yield Workspace(folder)
+    finally:
+        session.run(["rm", "-rf", folder], deadline=Deadline.after(60))
+
+
+def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Meter) -> int:
+    """Unpack a tar stream as the build context; return its bytes. Raises BuildError when the guest cannot."""
+    counter = _Counter(meter)
+    errors = bytearray()
+    argv = ["tar", "-x", "--no-same-owner", "-C", work.context]
+    if session.run(argv, feed=lambda sink: write_tar(counter.through(sink)), on_stderr=errors.extend) != 0:
+        raise _unpack_failed(errors.decode(errors="replace"))
+    return counter.total
+
+
+class _Counter:
+    """Counts what goes through it, and moves a meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.total = 0
+        self._meter = meter
+        self._sink: Sink | None = None
+
+    def through(self, sink: Sink) -> Sink:
+        self._sink = sink
+        return self
+
+    def write(self, data: bytes, /) -> None:
+        assert self._sink is not None  # noqa: S101 - `through` was called
+        self._sink.write(data)
+        self.total += len(data)
+        self._meter.advance(len(data))
+
+
+def write_file(session: Session, path: str, data: bytes) -> None:
+    """Write a small file in the guest."""
+    errors = bytearray()
+    argv = ["sh", "-c", 'cat >"$1"', "write", path]
+    if session.run(argv, feed=send(data), on_stderr=errors.extend) != 0:
+        raise _unpack_failed(errors.decode(errors="replace"))
+
+
+def _unpack_failed(details: str) -> BuildError:
+    if "No space left" in details:
+        return BuildError(
+            "the machine's disk is full",
+            details=details,
+            resolution="Make room (`vmbuild ssh -- docker system prune -a`) or start with a larger --disk.",
+        )
+    return BuildError("the build context could not be unpacked in the guest", details=details)
+
+
+def build_argv(job: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
+    """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
+    argv = [BUILDX, "build", "--platform", job.platform, "--progress", job.progress]
+    argv += ["--metadata-file", work.metadata, "--provenance", "false"]
+    for flag, values in (("--tag", job.tags), ("--build-arg", job.build_args), ("--label", job.labels)):
+        for value in values:
+            argv += [flag, value]
+    argv += ["--target", job.target] if job.target else []
+    argv += ["--file", dockerfile] if dockerfile else []
+    argv += ["--no-cache"] if job.no_cache else []
+    argv += ["--pull"] if job.pull else []
+    return [*argv, context]
+
+
+def run_build(
+    session: Session,
+    argv: Sequence[str],
+    output: Output,
+    *,
+    feed: Feed | None,
+    terminal: tuple[int, int] | None,
+    quiet: bool,
+) -> None:
+    """Run a build, passing its output on. Raises BuildError that names the step and the exit code that failed it."""
+    tail = bytearray()
+
+    def listen(data: bytes) -> None:
+        tail.extend(data)
+        del tail[:-TAIL_BYTES]
+        if not quiet:
+            output(data)
+
+    code = session.run(argv, feed=feed, on_stdout=listen, on_stderr=listen, terminal=terminal)
+    if code != 0:
+        if quiet:
+            output(bytes(tail))
+        raise explain_failure(tail.decode(errors="replace"), code)
+
+
+def image_id(session: Session, work: Workspace) -> tuple[str, str]:
+    """Return the built container image's id (`sha256:...`) and the whole metadata as JSON text."""
+    text = capture(session, ["cat", work.metadata])
+    metadata = json.loads(text)
+    return str(metadata.get("containerimage.digest") or metadata["containerimage.config.digest"]), text
+
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_EXIT = re.compile(r'process "(?P<process>.*?)" did not complete successfully: exit code: (?P<code>\d+)', re.DOTALL)
+_STEP = re.compile(r"^ > \[(?P<where>[^\]]*)\] (?P<what>.*?):?$", re.MULTILINE)
+_LINE = re.compile(r"^(?P<where>\S*ockerfile\S*:\d+)\s*$", re.MULTILINE)
+_ERROR = re.compile(r"^ERROR: (?:failed to (?:solve|build): )?(?P<what>.*)$", re.MULTILINE)
+
+
+def explain_failure(output: str, code: int) -> BuildError:
+    """Return the error that BuildKit's last output tells, as buildx 0.13 to 0.2x print it."""
+    text = _ESCAPE.sub("", output).replace("\r", "")
+    steps, exits, errors = (list(pattern.finditer(text)) for pattern in (_STEP, _EXIT, _ERROR))
+    lines = _LINE.findall(text)
+    if exits and steps:
+        brief = f"{steps[-1]['what']} failed with exit code {exits[-1]['code']}"
+        where = f"step {steps[-1]['where']}" + (f", {lines[-1]}" if lines else "")
+        return BuildError(brief, details=where)
+    what = errors[-1]["what"] if errors else f"docker build ended with exit code {code}"
+    return BuildError(what, details=lines[-1] if lines else text[-2000:], resolution=_advice(what))
+
+
+def _advice(what: str) -> str:
+    if re.search(r"failed to resolve source metadata|failed to do request|dial tcp|no such host|i/o timeout", what):
+        return (
+            "The guest could not reach the registry. For a Debian base image, `vmbuild base debian:trixie-slim` "
+            "makes one from signed packages, without a registry."
+        )
+    if "no space left on device" in what:
+        return "The machine's disk is full: `vmbuild ssh -- docker system prune -a`, or a larger --disk."
+    return ""
+
+
+def import_image(session: Session, feed: Feed, reference: str, platform: str) -> str:
+    """Make a container image of one layer out of a gzip-compressed tar stream; return its id. Raises GuestError."""
+    changes = ('CMD ["bash"]', "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    options = [part for change in changes for part in ("--change", change)]
+    argv = ["docker", "import", "--platform", platform, *options, "-", reference]
+    return capture(session, argv, feed=feed).strip()
+
+
+def image_for(session: Session, reference: str, platform: str) -> str | None:
+    """Return the id of the guest's container image by this name, None when it has none for this platform."""
+    out = bytearray()
+    argv = ["docker", "image", "inspect", "--format", "{{.Os}}/{{.Architecture}} {{.Id}}", reference]
+    if session.run(argv, on_stdout=out.extend) != 0:
+        return None
+    found, _, identity = out.decode().strip().partition(" ")
+    return identity if found == platform else None
+
+
+def unpack_tree(session: Session, work: Workspace, feed: Feed) -> None:
+    """Unpack a zstd-compressed root tree, owners and all. Raises BuildError when the guest cannot."""
+    errors = bytearray()
+    argv = ["sh", "-c", 'zstd -dc | tar -x --numeric-owner -C "$1"', "unpack", work.context]
+    if session.run(argv, feed=feed, on_stderr=errors.extend) != 0 or errors:
+        raise _unpack_failed(errors.decode(errors="replace"))
+
+
+def configure_tree(session: Session, work: Workspace, output: Output) -> None:
+    """Run the second stage of an unpacked Debian tree. Raises GuestError with dpkg's last words."""
+    tail = bytearray()
+
+    def listen(data: bytes) -> None:
+        tail.extend(data)
+        output(data)
+
+    code = session.run(["/usr/lib/vmbuild/second-stage", work.context], on_stdout=listen, on_stderr=listen)
+    if code != 0:
+        raise GuestError(
+            f"configuring the packages failed with exit code {code}", details=tail.decode(errors="replace")[-4000:]
+        )
+
+
+def pack_tree(session: Session, work: Workspace, write: Output) -> None:
+    """Pass on a root tree as a zstd-compressed tar. Raises GuestError."""
+    errors = bytearray()
+    argv = ["sh", "-c", 'tar -c --numeric-owner --sort=name -C "$1" . | zstd -q -2 -T0', "pack", work.context]
+    if session.run(argv, on_stdout=write, on_stderr=errors.extend) != 0 or errors:
+        raise GuestError("the tree could not be packed in the guest", details=errors.decode(errors="replace"))

@@ -1,0 +1,44 @@
+"""The keys of one machine: the host's own to log in with, and the guest's to be known by, both made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_ssh_private_key,
+)
+
+
+def ensure_key(path: Path, comment: str) -> None:
+    """Make an ed25519 key pair in OpenSSH's format at `path` and `path.pub`, unless it is there."""
+    if path.exists():
+        return
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    path.with_name(path.name + ".pub").write_bytes(public + f" {comment}\n".encode())
+    _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+    part.replace(path)
+
+
+def dropbear_key(path: Path) -> bytes:
+    """Return a private key in the format that dropbear keeps host keys in.
+
+    Two SSH strings: the type, then the 32 bytes of the private and the 32 of the public key (dropbear, ed25519.c).
+    """
+    key = load_ssh_private_key(path.read_bytes(), password=None)
+    assert isinstance(key, Ed25519PrivateKey)  # noqa: S101 - ensure_key makes no other
+    pair = key.private_bytes_raw() + key.public_key().public_bytes_raw()
+    return b"".join(len(part).to_bytes(4, "big") + part for part in (b"ssh-ed25519", pair))

@@ -1,0 +1,93 @@
+"""The table of readiness checks: when every row passes, the guest is ready to build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmbuild.deadline import Deadline
+from vmbuild.errors import GuestError
+from vmbuild.guest.session import Session, WrongHostKeyError
+from vmbuild.report import Reporter
+
+PING = "printf 'GET /_ping HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock | grep -q '^OK'"
+"""Asks the socket, not the client: starting the emulated client costs seconds (see docs/design.md)."""
+
+
+@dataclass(frozen=True)
+class ReadyCheck:
+    """One thing that must be true: in words, as a shell command in the guest, and what to look at when it is not."""
+
+    description: str
+    probe: str
+    hint: str
+    log: str
+    may_take_time: bool = True
+
+
+CHECKS = (
+    ReadyCheck(
+        "the guest has booted",
+        "test -e /run/vmbuild/booted",
+        "The boot script did not come to its end.",
+        "dmesg | tail -n 20",
+    ),
+    ReadyCheck(
+        "the guest's disk and keys are in place",
+        "test ! -s /run/vmbuild/failed",
+        "What failed during the boot stands above; `vmbuild destroy` makes a new disk, losing what is on this one.",
+        "cat /run/vmbuild/failed",
+        may_take_time=False,
+    ),
+    ReadyCheck(
+        "Docker answers",
+        PING,
+        "A larger --timeout helps on a busy host; the log of Docker is in the guest: /var/log/docker.log.",
+        "tail -n 20 /var/log/docker.log",
+    ),
+)
+
+
+def wait_ready(
+    connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline, report: Reporter
+) -> Session:
+    """Wait until SSH answers and every check passes; return the session.
+
+    `check_alive` raises when the machine is gone. Raises GuestError with the hint of the check that failed.
+    """
+    report.step("Waiting for the guest")
+    session = _connect(connect, check_alive, deadline)
+    try:
+        for check in CHECKS:
+            _wait_for(check, session, check_alive, deadline)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _connect(connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline) -> Session:
+    while True:
+        check_alive()
+        try:
+            return connect(deadline)
+        except WrongHostKeyError:
+            raise
+        except GuestError:
+            if deadline.passed:
+                raise
+        deadline.sleep(0.2)
+
+
+def _wait_for(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> None:
+    while session.run(["sh", "-c", check.probe], deadline=deadline) != 0:
+        check_alive()
+        if deadline.passed or not check.may_take_time:
+            raise GuestError(f"not ready: {check.description}: no", details=_log(session, check), resolution=check.hint)
+        deadline.sleep(0.3)
+
+
+def _log(session: Session, check: ReadyCheck) -> str:
+    out = bytearray()
+    session.run(["sh", "-c", check.log], on_stdout=out.extend, on_stderr=out.extend, deadline=Deadline.after(20))
+    return out.decode(errors="replace")

@@ -1,0 +1,41 @@
+"""What a guest is told before it first listens: a tar on a read-only drive, for one machine and one boot."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from vmbuild.guest import keys
+
+
+def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, environment: Mapping[str, str]) -> None:
+    """Write the seed drive, making both key pairs first where they are missing.
+
+    `environment` reaches dockerd: the proxies of the host.
+    """
+    keys.ensure_key(client_key, "vmbuild host")
+    keys.ensure_key(host_key, "vmbuild guest")
+    files = {
+        "authorized_keys": client_key.with_name(client_key.name + ".pub").read_bytes(),
+        "dropbear_ed25519_host_key": keys.dropbear_key(host_key),
+        "environment": "".join(f"{name}={_quote(value)}\n" for name, value in environment.items()).encode(),
+        "hostname": f"{hostname}\n".encode(),
+        "time": f"{int(time.time())}\n".encode(),
+    }
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o600
+            tar.addfile(info, io.BytesIO(data))
+    part.replace(path)
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("'", "'\\''") + "'"

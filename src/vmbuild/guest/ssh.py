@@ -1,0 +1,236 @@
+"""A `Session` over SSH, host key pinned. The only importer of paramiko."""
+
+from __future__ import annotations
+
+import logging
+import select
+import shlex
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import paramiko
+
+from vmbuild.deadline import NEVER, Deadline
+from vmbuild.errors import GuestError
+from vmbuild.guest.session import Feed, Output, WrongHostKeyError
+from vmbuild.model import Endpoint
+
+WINDOW_BYTES = 4 * 1024 * 1024
+Signal = Callable[[str, str], None]
+"""Sends a signal, by name, to a process group in the guest."""
+
+STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
+"""How a program in the guest is ended: each signal and the seconds it has."""
+
+
+class SshSession:
+    """An authenticated SSH connection to one guest; see `Session`."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport = transport
+
+    @classmethod
+    def connect(cls, endpoint: Endpoint, deadline: Deadline) -> SshSession:
+        """Connect once, check the pinned host key, log in.
+
+        Raises WrongHostKeyError for another host key, GuestError when nobody answers or the key is refused.
+        """
+        transport = _open_transport(endpoint, deadline)
+        try:
+            _check_host_key(transport, endpoint)
+            transport.auth_publickey(endpoint.user, paramiko.Ed25519Key.from_private_key_file(str(endpoint.client_key)))
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            transport.close()
+            raise GuestError("the guest's SSH server refused the log-in", details=str(error)) from error
+        except BaseException:
+            transport.close()
+            raise
+        transport.set_keepalive(30)
+        return cls(transport)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        feed: Feed | None = None,
+        on_stdout: Output | None = None,
+        on_stderr: Output | None = None,
+        terminal: tuple[int, int] | None = None,
+        deadline: Deadline = NEVER,
+    ) -> int:
+        """Run a program and return its exit code; see `Session.run`."""
+        try:
+            channel = self._transport.open_session(WINDOW_BYTES, timeout=deadline.remaining_s(60))
+            if terminal is not None:
+                channel.get_pty("xterm-256color", *terminal)
+            # The shell tells its process id and becomes the program: so it can be ended later, over another channel.
+            channel.exec_command(f"echo $$; exec {shlex.join(argv)}")
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise GuestError("the connection to the guest broke", details=str(error)) from error
+        return _Run(channel, feed, on_stdout, on_stderr, deadline).to_the_end(self._signal)
+
+    def _signal(self, group: str, name: str) -> None:
+        with suppress(paramiko.SSHException, OSError, EOFError):
+            channel = self._transport.open_session(timeout=10)
+            channel.exec_command(f"kill -{name} -{group}")
+            channel.settimeout(10)
+            channel.recv(1)
+            channel.close()
+
+    def close(self) -> None:
+        """End the connection. Twice is harmless."""
+        self._transport.close()
+
+
+class _Run:
+    """One program that runs in the guest."""
+
+    def __init__(
+        self,
+        channel: paramiko.Channel,
+        feed: Feed | None,
+        on_stdout: Output | None,
+        on_stderr: Output | None,
+        deadline: Deadline,
+    ) -> None:
+        self._channel = channel
+        self._on_stdout = on_stdout or _ignore
+        self._on_stderr = on_stderr or _ignore
+        self._deadline = deadline
+        self._head = b""
+        self._group: str | None = None
+        self._feed_error: BaseException | None = None
+        self._feeder = threading.Thread(target=self._run_feed, args=(feed,), daemon=True)
+
+    def to_the_end(self, signal: Signal) -> int:
+        self._feeder.start()
+        try:
+            self._pump()
+            return self._exit_code()
+        except BaseException:
+            self._end(signal)
+            raise
+        finally:
+            self._channel.close()
+
+    def _run_feed(self, feed: Feed | None) -> None:
+        try:
+            if feed is not None:
+                feed(_ChannelSink(self._channel))
+            self._channel.shutdown_write()
+        except (_ProgramStoppedReading, OSError, EOFError) as error:
+            # The program ended, or closed its input, before it had read all: its exit code says the rest.
+            if not isinstance(error, _ProgramStoppedReading) and not self._channel.closed:
+                self._feed_error = error
+        except BaseException as error:
+            self._feed_error = error
+
+    def _pump(self) -> None:
+        """Pass both outputs on until both have ended."""
+        channel = self._channel
+        handle = channel.fileno()
+        while True:
+            if self._feed_error is not None:
+                raise self._feed_error
+            if self._deadline.passed:
+                raise GuestError("a command in the guest did not end in time")
+            select.select([handle], [], [], self._deadline.remaining_s(0.5))
+            while channel.recv_ready():
+                self._take_stdout(channel.recv(WINDOW_BYTES))
+            while channel.recv_stderr_ready():
+                self._on_stderr(channel.recv_stderr(WINDOW_BYTES))
+            if channel.eof_received and not channel.recv_ready() and not channel.recv_stderr_ready():
+                return
+            if channel.closed and not channel.recv_ready() and not channel.recv_stderr_ready():
+                return
+
+    def _take_stdout(self, data: bytes) -> None:
+        if self._group is None:
+            self._head += data
+            line, found, data = self._head.partition(b"\n")
+            if not found:
+                return
+            self._group = line.strip().decode(errors="replace")
+        if data:
+            self._on_stdout(data)
+
+    def _exit_code(self) -> int:
+        if not self._channel.status_event.wait(self._deadline.remaining_s(30)) or self._channel.exit_status == -1:
+            transport = self._channel.get_transport()
+            if not transport.is_active():
+                raise GuestError(
+                    "the connection to the guest broke",
+                    resolution="Run `vmbuild logs` to see the guest's last words, and the command again.",
+                )
+            return 255  # ended by a signal, which has no exit code
+        return int(self._channel.exit_status)
+
+    def _end(self, signal: Signal) -> None:
+        """End the program in the guest: ask, terminate, kill, each with a limit."""
+        if self._group is None or not self._group.isdigit():
+            return
+        for name, grace_s in STAIRCASE:
+            signal(self._group, name)
+            limit = Deadline.after(grace_s)
+            while not limit.passed:
+                if self._channel.exit_status_ready():
+                    return
+                with suppress(OSError):
+                    self._channel.recv(WINDOW_BYTES) if self._channel.recv_ready() else limit.sleep(0.1)
+                    self._channel.recv_stderr(WINDOW_BYTES) if self._channel.recv_stderr_ready() else None
+
+
+class _ProgramStoppedReading(Exception):
+    pass
+
+
+class _ChannelSink:
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+
+    def write(self, data: bytes, /) -> None:
+        try:
+            self._channel.sendall(data)
+        except OSError as error:
+            raise _ProgramStoppedReading from error
+
+
+def _ignore(data: bytes) -> None:
+    """Drop output that nobody asked for."""
+
+
+def silence_paramiko() -> None:
+    """Keep paramiko from printing tracebacks of connections that are tried again."""
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+
+
+silence_paramiko()
+
+
+def _open_transport(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transport:
+    try:
+        sock = socket.create_connection((endpoint.host, endpoint.port), timeout=deadline.remaining_s(5))
+        transport = paramiko.Transport(sock, default_window_size=WINDOW_BYTES)
+        # User-mode networking accepts at once and waits for the guest; a banner that is late will not come.
+        transport.banner_timeout = deadline.remaining_s(5)
+        try:
+            transport.start_client(timeout=deadline.remaining_s(15))
+        except BaseException:
+            transport.close()
+            raise
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise GuestError("the guest's SSH server does not answer", details=str(error)) from error
+    return transport
+
+
+def _check_host_key(transport: paramiko.Transport, endpoint: Endpoint) -> None:
+    kind, base64, *_ = endpoint.host_public_key.read_text().split()
+    offered = transport.get_remote_server_key()
+    if (offered.get_name(), offered.get_base64()) != (kind, base64):
+        raise WrongHostKeyError(
+            "the server on the machine's SSH port does not have the machine's host key",
+            details=f"{endpoint.host}:{endpoint.port} offered {offered.get_name()} {offered.fingerprint}",
+            resolution="Another program may have taken the port: run `vmbuild down` and `vmbuild up`.",
+        )

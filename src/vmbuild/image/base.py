@@ -1,0 +1,235 @@
+"""Packages -> a Debian base image, unpacked but not configured: its second stage runs in a guest's real kernel.
+
+Laid down the way dpkg itself leaves a tree between unpacking and configuring, so that `dpkg --configure -a` is all
+that is missing (dpkg(1), deb-triggers(5)).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, cast
+
+import zstandard
+from debian.deb822 import Deb822
+
+from vmbuild.errors import GuestImageError
+from vmbuild.image import rootfs
+from vmbuild.image.catalog import BaseSpec
+from vmbuild.image.debian import open_indexes
+from vmbuild.image.fetch import fetch_all
+from vmbuild.image.mirrors import resolve_mirror
+from vmbuild.image.packages import Package, package_downloads, package_path, resolve_closure
+from vmbuild.image.tree import File, Keep, Member, TreeWriter, Writable, read_members
+from vmbuild.model import Arch, Repository
+from vmbuild.report import Reporter
+from vmbuild.whole import hash_file, open_whole, write_whole
+
+RECIPE = 1
+"""Raise it when this module, or the guest's second stage, would make another image from the same packages."""
+
+CHUNK_BYTES = 256 * 1024
+INFO = "var/lib/dpkg/info"
+PROGRAMS = ("preinst", "postinst", "prerm", "postrm", "config")
+
+
+@dataclass
+class Database:
+    """What dpkg remembers of unpacked packages."""
+
+    status: list[str] = field(default_factory=list)
+    files: list[File] = field(default_factory=list)
+    interests: dict[str, list[str]] = field(default_factory=dict)
+
+
+def write_base(
+    spec: BaseSpec, packages: Sequence[Package], downloads: Path, sources: str, out: Writable, report: Reporter
+) -> None:
+    """Write the tree as a tar stream; `sources` becomes its apt sources. Raises GuestImageError for a bad package."""
+    tree = TreeWriter(out)
+    database = Database()
+    tree.add_file(File("etc/apt/sources.list.d/debian.sources", sources.encode()))
+    for file in _slim_settings(spec):
+        tree.add_file(file)
+    keep = keep_slim(spec.exclude, spec.keep)
+    with report.meter("unpack", len(packages), unit="packages") as meter:
+        for package in packages:
+            _unpack(tree, database, package_path(package, downloads), keep)
+            meter.advance(1)
+    for file in _database_files(database):
+        tree.add_file(file)
+    tree.close()
+
+
+def keep_slim(exclude: Sequence[str], keep_names: Sequence[str]) -> Keep:
+    """Return the filter of a slim image: drops the prefixes, but never a file named in `keep_names` (copyright)."""
+    keep = rootfs.keep_all_but(exclude)
+    return lambda path: keep(path) or path.rpartition("/")[2] in keep_names
+
+
+def _unpack(tree: TreeWriter, database: Database, deb: Path, keep: Keep) -> None:
+    control = rootfs.read_files(deb, [""], part="control")
+    paths: list[str] = []
+    with rootfs.open_part(deb, "data") as tar:
+        tree.add_members(_noting_paths(read_members(tar), paths), keep)
+    conffiles = [path for path in control.get("conffiles", b"").decode().split("\n") if path.startswith("/")]
+    data = rootfs.read_files(deb, [path[1:] for path in conffiles]) if conffiles else {}
+    # dpkg's own format asks for MD5 here; nothing is verified with it.
+    digests = {path: hashlib.md5(data[path[1:]]).hexdigest() for path in conffiles if path[1:] in data}  # noqa: S324
+    _record(database, control, paths, digests)
+
+
+def _noting_paths(members: Iterable[Member], paths: list[str]) -> Iterator[Member]:
+    for info, content in members:
+        paths.append("/" + (info.name.removeprefix("./").strip("/") or "."))
+        yield info, content
+
+
+def _record(database: Database, control: dict[str, bytes], paths: list[str], conffiles: Mapping[str, str]) -> None:
+    fields = Deb822(control["control"])
+    name = fields["Package"]
+    if fields.get("Multi-Arch") == "same":
+        name += ":" + fields["Architecture"]
+    fields["Status"] = "install ok unpacked"
+    if conffiles:
+        fields["Conffiles"] = "\n" + "\n".join(f" {path} {digest}" for path, digest in conffiles.items())
+    database.status.append(fields.dump())
+    database.files.append(File(f"{INFO}/{name}.list", "\n".join([*paths, ""]).encode()))
+    for part, data in control.items():
+        if part != "control":
+            database.files.append(File(f"{INFO}/{name}.{part}", data, 0o755 if part in PROGRAMS else 0o644))
+    for line in control.get("triggers", b"").decode().splitlines():
+        _record_interest(database, line.partition("#")[0].split(), name)
+
+
+def _record_interest(database: Database, words: list[str], package: str) -> None:
+    """Note a package's interest in a trigger, as dpkg does when it unpacks (triggers(5) in dpkg's documentation)."""
+    if len(words) == 2 and words[0] in ("interest", "interest-await", "interest-noawait"):
+        waits = "/noawait" if words[0].endswith("noawait") else ""
+        if words[1].startswith("/"):
+            database.interests.setdefault("File", []).append(f"{words[1]} {package}{waits}")
+        else:
+            database.interests.setdefault(words[1], []).append(f"{package}{waits}")
+
+
+def _database_files(database: Database) -> list[File]:
+    return [
+        File("var/lib/dpkg/status", "\n".join(database.status).encode()),
+        File(f"{INFO}/format", b"1\n"),
+        *database.files,
+        *(
+            File(f"var/lib/dpkg/triggers/{name}", "\n".join([*lines, ""]).encode())
+            for name, lines in database.interests.items()
+        ),
+    ]
+
+
+def _slim_settings(spec: BaseSpec) -> list[File]:
+    """Return what keeps the image slim when packages are added later: dpkg's path filters and apt's clean-up."""
+    lines = [f"path-exclude {prefix.removeprefix('.')}/*" for prefix in spec.exclude]
+    lines += [f"path-include /usr/share/doc/*/{name}" for name in spec.keep]
+    clean = (
+        'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/archives/partial/*.deb || true"; };\n'
+        'Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n'
+    )
+    return [
+        File("etc/dpkg/dpkg.cfg.d/docker", b"force-unsafe-io\n" + "\n".join([*lines, ""]).encode()),
+        File("etc/apt/apt.conf.d/docker-clean", clean.encode()),
+        File("etc/apt/apt.conf.d/docker-no-languages", b'Acquire::Languages "none";\n'),
+        File("etc/apt/apt.conf.d/docker-autoremove-suggests", b'Apt::AutoRemove::SuggestsImportant "false";\n'),
+        File("usr/sbin/policy-rc.d", b"#!/bin/sh\nexit 101\n", 0o755),
+        File("etc/resolv.conf", b""),
+        File("etc/hostname", b"debian\n"),
+    ]
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """A base image that can be made: what goes in, and where its one layer (gzip-compressed tar) is kept."""
+
+    spec: BaseSpec
+    packages: tuple[Package, ...]
+    downloads: Path
+    sources: str
+    layer: Path
+
+
+def plan(spec: BaseSpec, arch: Arch, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> BasePlan:
+    """Resolve and fetch a base image's packages. Raises GuestImageError."""
+    report.step(f"Reading the package lists for {spec.repo_tag}")
+    indexes = open_indexes(spec.repositories, arch, mirrors, spec.keyrings, cache / "indexes", report)
+    packages = resolve_closure(indexes, spec.packages, essential=spec.essential)
+    report.step(f"Downloading {len(packages)} packages")
+    fetch_all(package_downloads(packages, cache / "packages"), report, label="download")
+    sources = "\n".join(_source(repository, mirrors) for repository in spec.repositories)
+    facts = [RECIPE, str(arch), sources, spec.exclude, [package.sha256 for package in packages]]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    folder = cache / "bases"
+    folder.mkdir(parents=True, exist_ok=True)
+    return BasePlan(spec, packages, cache / "packages", sources, folder / f"{spec.name}-{digest[:16]}.tar.gz")
+
+
+def _source(repository: Repository, mirrors: Mapping[str, str]) -> str:
+    return (
+        f"Types: deb\nURIs: {resolve_mirror(repository, mirrors)}\nSuites: {repository.suite}\n"
+        f"Components: {' '.join(repository.components)}\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+
+
+def write_compressed(plan: BasePlan, sink: Writable, report: Reporter) -> None:
+    """Write the unpacked tree as a zstd-compressed tar stream."""
+    with zstandard.ZstdCompressor(level=3).stream_writer(cast(IO[bytes], sink), closefd=False) as out:
+        write_base(plan.spec, plan.packages, plan.downloads, plan.sources, out, report)
+
+
+@contextmanager
+def layer_writer(plan: BasePlan) -> Iterator[Callable[[bytes], None]]:
+    """Yield what takes the configured tree as a zstd-compressed tar; keeps it as the plan's layer when all went well.
+
+    The layer's file time is fixed, so that the same tree gives the same digest.
+    """
+    with open_whole(plan.layer) as file:
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+            unpack = zstandard.ZstdDecompressor().decompressobj()
+
+            def write(data: bytes) -> None:
+                packed.write(unpack.decompress(data))
+
+            yield write
+        if not unpack.eof:
+            raise GuestImageError("the base image came out of the guest incomplete")
+    write_whole(digest_file(plan.layer), hash_file(plan.layer).encode())
+
+
+def digest_file(layer: Path) -> Path:
+    """Return the file beside a layer that says its SHA-256."""
+    return layer.with_name(layer.name + ".sha256")
+
+
+def known_layers(cache: Path) -> Callable[[str], Path | None]:
+    """Return where the host has a layer, by SHA-256: those of base images need not come back from the guest."""
+
+    def find(digest: str) -> Path | None:
+        for note in (cache / "bases").glob("*.sha256"):
+            layer = note.with_suffix("")
+            if note.read_text() == digest and layer.exists() and hash_file(layer) == digest:
+                return layer
+        return None
+
+    return find
+
+
+def feed_layer(plan: BasePlan) -> Callable[[Writable], None]:
+    """Return what writes the plan's layer."""
+
+    def feed(sink: Writable) -> None:
+        with plan.layer.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                sink.write(data)
+
+    return feed

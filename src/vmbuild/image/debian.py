@@ -1,0 +1,238 @@
+"""A signed Debian repository: `InRelease` checked by gpgv, package indexes by the digests that it lists."""
+
+from __future__ import annotations
+
+import lzma
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from debian.deb822 import Release
+
+from vmbuild import process
+from vmbuild.errors import GuestImageError
+from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, fetch_all, fetch_bytes
+from vmbuild.image.mirrors import host_mirrors, resolve_mirror
+from vmbuild.image.packages import Package, PackageIndex, package_downloads, resolve_closure
+from vmbuild.model import MIB, Repository
+from vmbuild.report import Reporter
+
+__all__ = [
+    "BadSignature",
+    "ExpiredRelease",
+    "Package",
+    "PackageIndex",
+    "host_mirrors",
+    "open_index",
+    "open_indexes",
+    "package_downloads",
+    "resolve_closure",
+    "resolve_mirror",
+]
+
+RETRY_PAUSES_S = (2.0, 10.0)
+"""Waits before `InRelease` is read again when the index it names is not there: the mirror is being updated."""
+
+
+class BadSignature(GuestImageError):
+    """A repository is not signed, or not by a key of the catalogue."""
+
+
+class ExpiredRelease(GuestImageError):
+    """A repository's `Valid-Until` has passed: a mirror that is no longer updated, or a clock that is wrong."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file that a Release lists: its path relative to the suite, SHA-256 and size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+def open_indexes(
+    repositories: Sequence[Repository],
+    arch: str,
+    mirrors: Mapping[str, str],
+    keyrings: Sequence[Path],
+    cache: Path,
+    report: Reporter,
+) -> list[PackageIndex]:
+    """Return the indexes of all repositories; an optional one that cannot be had costs a warning.
+
+    Raises what open_index raises; a bad signature or a wrong digest is an error even where the repository is optional.
+    """
+    indexes = []
+    for repository in repositories:
+        try:
+            indexes.append(open_index(repository, arch, mirrors, keyrings, cache, report))
+        except (NotFound, Unreachable, ExpiredRelease) as error:
+            if not repository.optional:
+                raise
+            cause = error.details.partition("\n")[0]
+            report.warn(f"going on without {repository.suite}: {error.brief}{cause and f' ({cause})'}")
+    return indexes
+
+
+def open_index(
+    repository: Repository,
+    arch: str,
+    mirrors: Mapping[str, str],
+    keyrings: Sequence[Path],
+    cache: Path,
+    report: Reporter,
+) -> PackageIndex:
+    """Return the verified package index of one repository; only `InRelease` is downloaded when it has not changed.
+
+    Raises BadSignature, ExpiredRelease, Unreachable, NotFound, WrongDigest (all GuestImageError).
+    """
+    url = resolve_mirror(repository, mirrors)
+    suite_url = f"{url}/dists/{repository.suite}"
+    for pause in (*RETRY_PAUSES_S, None):
+        release = _read_release(suite_url, repository.suite, keyrings)
+        try:
+            paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
+            return PackageIndex(_decompress(paths), url)
+        except (WrongDigest, NotFound) as error:
+            if pause is None:
+                raise _out_of_step(error, suite_url) from error
+            report.step(f"{repository.suite} is being updated on the mirror, trying again in {pause:.0f} s")
+            time.sleep(pause)
+    raise AssertionError("the last pause is None")
+
+
+def _read_release(suite_url: str, suite: str, keyrings: Sequence[Path]) -> Release:
+    url = f"{suite_url}/InRelease"
+    release = Release(verify(fetch_bytes(url), keyrings, url).decode())
+    if suite not in (release.get("Suite"), release.get("Codename")):
+        raise GuestImageError(
+            f"{url} is signed, but for another suite",
+            details=f"asked for {suite}, got Suite {release.get('Suite')}, Codename {release.get('Codename')}",
+            resolution="The mirror is wrong: set VMBUILD_MIRROR to another one.",
+        )
+    _check_date(release, url)
+    return release
+
+
+def _check_date(release: Release, url: str) -> None:
+    until = release.get("Valid-Until")
+    if until is None:
+        return
+    try:
+        moment = parsedate_to_datetime(until)
+    except ValueError as error:
+        raise GuestImageError(f"{url} has a Valid-Until that is no date: {until}") from error
+    if moment.replace(tzinfo=moment.tzinfo or UTC) < datetime.now(UTC):
+        raise ExpiredRelease(
+            f"{url} has expired",
+            details=f"valid until {until}, it is now {datetime.now(UTC):%a, %d %b %Y %H:%M:%S} UTC",
+            resolution="Either the mirror is no longer updated (set VMBUILD_MIRROR to another one) "
+            "or the clock of this host is wrong.",
+        )
+
+
+def verify(signed: bytes, keyrings: Sequence[Path], url: str) -> bytes:
+    """Return the text that a key of the keyrings has signed, exactly as gpgv gives it out.
+
+    Signatures by unknown keys are passed over, as Debian signs with old and new keys at once. Raises BadSignature.
+    """
+    with tempfile.TemporaryDirectory(prefix="vmbuild-gpgv-") as folder:
+        text = Path(folder) / "text"
+        keys = [option for keyring in keyrings for option in ("--keyring", str(keyring.resolve()))]
+        argv = ["gpgv", "--homedir", folder, "--weak-digest", "SHA1", "--status-fd", "1", *keys, "--output", str(text)]
+        # 1 and 2: a signature is bad or its key unknown; the status lines say which
+        status = process.run([*argv, "-"], stdin=signed, expect=(0, 1, 2)).decode(errors="replace")
+        problem = _signature_problem(status)
+        if problem or not text.exists():
+            raise BadSignature(
+                f"the signature of {url} cannot be trusted: {problem or 'it signs nothing'}",
+                details=status.strip(),
+                resolution="Something between here and Debian altered it, or the mirror is not Debian's: "
+                "set VMBUILD_MIRROR to another one. Do not go on with this one.",
+            )
+        return text.read_bytes()
+
+
+def _signature_problem(status: str) -> str:
+    """Return what is wrong according to gpgv's status lines, empty when nothing is (GnuPG, doc/DETAILS)."""
+    words = [line.split()[1] for line in status.splitlines() if line.startswith("[GNUPG:] ")]
+    if "BADSIG" in words or "ERROR" in words:
+        return "the content was altered after it was signed"
+    # VALIDSIG also follows EXPKEYSIG, EXPSIG and REVKEYSIG; only GOODSIG means that all is in order
+    if "GOODSIG" in words and "VALIDSIG" in words:
+        return ""
+    for word, problem in (
+        ("EXPKEYSIG", "the key has expired"),
+        ("REVKEYSIG", "the key was revoked"),
+        ("EXPSIG", "the signature has expired"),
+        ("NO_PUBKEY", "it is signed by keys that the catalogue does not have"),
+    ):
+        if word in words:
+            return problem
+    return "it is not signed"
+
+
+def _fetch_part(release: Release, suite_url: str, component: str, arch: str, cache: Path, report: Reporter) -> Path:
+    """Return one component's verified `Packages.xz`, out of the cache when that has the digest asked for."""
+    entry = _find_entry(release, f"{component}/binary-{arch}/Packages.xz", suite_url)
+    path = cache / f"{entry.sha256}.xz"
+    label = f"package list {suite_url.rpartition('/')[2]}"
+
+    def fetch(url: str) -> None:
+        fetch_all([Download(url, path, entry.sha256, entry.size)], report, label=label)
+
+    plain = f"{suite_url}/{entry.path}"
+    if release.get("Acquire-By-Hash") == "yes":
+        _first_found(fetch, [f"{plain.rpartition('/')[0]}/by-hash/SHA256/{entry.sha256}", plain])
+    else:
+        fetch(plain)
+    return path
+
+
+def _decompress(paths: Sequence[Path]) -> bytearray:
+    """Return the files' contents, each after a newline, in one buffer: at 56 MB a second copy would be felt."""
+    data = bytearray()
+    for path in paths:
+        data += b"\n"
+        try:
+            with lzma.open(path) as file:
+                while chunk := file.read(MIB):
+                    data += chunk
+        except (lzma.LZMAError, EOFError) as error:
+            path.unlink()
+            raise GuestImageError(
+                f"the cached package index {path} was damaged", details=str(error), resolution="Run the command again."
+            ) from error
+    return data
+
+
+def _first_found(fetch: Callable[[str], None], urls: Sequence[str]) -> None:
+    for url in urls[:-1]:
+        try:
+            return fetch(url)
+        except NotFound:
+            continue
+    return fetch(urls[-1])
+
+
+def _find_entry(release: Release, path: str, suite_url: str) -> _Entry:
+    for row in release.get("SHA256", ()):
+        if row["name"] == path:
+            return _Entry(path, row["sha256"], int(row["size"]))
+    raise GuestImageError(
+        f"{suite_url} has no {path}", resolution="The architecture or component does not exist in this suite."
+    )
+
+
+def _out_of_step(error: GuestImageError, suite_url: str) -> GuestImageError:
+    return type(error)(
+        f"the package index and the Release file of {suite_url} are out of step",
+        details="\n".join(filter(None, (error.brief, error.details))),
+        resolution="The mirror is probably being updated: run the command again in some minutes, "
+        "or set VMBUILD_MIRROR to another mirror.",
+    )

@@ -1,0 +1,170 @@
+"""One GET, its second tries, and its failures in our words. The only importer of requests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import requests
+import urllib3
+from requests import exceptions as failures
+
+from vmbuild.errors import GuestImageError, HostError
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 30.0
+CHUNK_BYTES = 128 * 1024
+TRIES = 5
+"""Tries in a row that brought nothing new before a download is given up."""
+CONNECT_TRIES = 3
+"""The same while nobody even answers: each such try may take `CONNECT_TIMEOUT_S`."""
+BACKOFF_S = 0.5
+"""Wait before the second try; it doubles with every further one."""
+
+PROXY_ADVICE = (
+    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS); "
+    "to use another Debian mirror set VMBUILD_MIRROR."
+)
+
+
+class NotFound(GuestImageError):
+    """The server answers, but does not have the file."""
+
+
+class Unreachable(GuestImageError):
+    """The server cannot be reached, or does not serve."""
+
+
+class Transient(Exception):
+    """A failure worth another try; `reached` tells whether the server had answered at all."""
+
+    def __init__(self, cause: str, *, reached: bool = True) -> None:
+        super().__init__(cause)
+        self.reached = reached
+
+
+class Stopped(Exception):
+    """Another worker failed or the user interrupted."""
+
+
+class Session(requests.Session):
+    """Connections that are kept open; proxies and CA bundle come from the environment."""
+
+    def __init__(self, connections: int = 1) -> None:
+        super().__init__()
+        adapter = requests.adapters.HTTPAdapter(pool_connections=connections, pool_maxsize=connections)
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+        # identity: digests are those of the files as they lie on the server
+        self.headers.update({"User-Agent": f"vmbuild/{version('vmbuild')}", "Accept-Encoding": "identity"})
+
+
+@contextmanager
+def open_url(session: Session, url: str, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+    """Yield the answer to a GET when it is a body (200, 206) or says that there is no such range (416).
+
+    Raises Transient, NotFound, Unreachable, or HostError for a CA bundle that is not there.
+    """
+    try:
+        response = session.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+    except failures.SSLError as error:
+        raise unreachable(url, f"the server's certificate is not trusted\n{error}") from error
+    except (failures.ConnectionError, failures.Timeout) as error:
+        raise Transient(_plain(error), reached=isinstance(error, failures.ReadTimeout)) from error
+    except failures.RequestException as error:
+        raise unreachable(url, str(error)) from error
+    except OSError as error:
+        raise HostError(str(error), resolution="Check REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE.") from error
+    with response:
+        _check_status(url, response.status_code, response.reason)
+        yield response
+
+
+def _check_status(url: str, status: int, reason: str) -> None:
+    if status in (requests.codes.not_found, requests.codes.gone):
+        raise NotFound(
+            f"the server does not have {url}",
+            details=f"{status} {reason}",
+            resolution="Mirrors drop old versions: run the command again, or set VMBUILD_MIRROR to another mirror.",
+        )
+    if status >= 500 or status in (requests.codes.too_many_requests, requests.codes.request_timeout):
+        raise Transient(f"the server answers {status} {reason}")
+    if status not in (200, 206, 416):
+        raise unreachable(url, f"the server answers {status} {reason}")
+
+
+def read_body(response: requests.Response, at_most: int | None) -> Iterator[bytes]:
+    """Yield the body as it is sent, to just beyond `at_most` bytes: enough to see that it is too long.
+
+    Raises Transient when the connection ends early.
+    """
+    given = response.headers.get("Content-Length", "")
+    expected = int(given) if given.isdecimal() else 0
+    received = 0
+    try:
+        for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+            yield chunk
+            received += len(chunk)
+            if at_most is not None and received > at_most:
+                return
+    except (urllib3.exceptions.HTTPError, ConnectionError) as error:
+        raise Transient(f"the connection broke after {received} bytes ({type(error).__name__})") from error
+    if received < expected:
+        raise Transient(f"the connection ended after {received} of {expected} bytes")
+
+
+class Try:
+    """One try: leaving the block by Transient does not raise, the loop over `tries` goes on."""
+
+    failure: Transient | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.failure = error if isinstance(error, Transient) else None
+        return self.failure is not None
+
+
+def tries(url: str, stop: threading.Event, progress: Callable[[], int] = lambda: 0) -> Iterator[Try]:
+    """Yield one Try after the other, with growing waits between.
+
+    A try that took `progress` further than ever starts the count again, so a flaky line gets there in the end.
+    Raises Unreachable when it gives up, Stopped when told to stop.
+    """
+    failed, best = 0, progress()
+    while True:
+        attempt = Try()
+        yield attempt
+        if attempt.failure is None:
+            return
+        reached = progress()
+        failed = failed + 1 if reached <= best else 0
+        best = max(best, reached)
+        if failed >= (TRIES if attempt.failure.reached else CONNECT_TRIES):
+            raise unreachable(url, str(attempt.failure)) from attempt.failure
+        if stop.wait(BACKOFF_S * 2 ** max(0, failed - 1)):
+            raise Stopped
+
+
+def unreachable(url: str, cause: str) -> Unreachable:
+    """Return the error for a URL that does not serve."""
+    return Unreachable(f"cannot download {url}", details=cause, resolution=PROXY_ADVICE)
+
+
+def _plain(error: Exception) -> str:
+    """Return the cause of a failed connection in plain words, followed by what the library said."""
+    text = str(error)
+    for found, words in (
+        (isinstance(error, failures.ProxyError), "the proxy does not answer"),
+        (isinstance(error, failures.ConnectTimeout), f"no answer within {CONNECT_TIMEOUT_S:.0f} s"),
+        (isinstance(error, failures.ReadTimeout), f"the server was silent for {READ_TIMEOUT_S:.0f} s"),
+        ("resolve" in text or "getaddrinfo" in text, "the host name cannot be resolved"),
+        ("refused" in text, "the connection was refused"),
+        ("unreachable" in text, "there is no route to the server"),
+    ):
+        if found:
+            return f"{words}\n{text}"
+    return text

@@ -1,0 +1,182 @@
+"""The cache of guest images: each lies there whole, verified and read-only, named by the digest of its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from vmbuild.errors import GuestImageError, HostError
+from vmbuild.image import appliance, debian, fetch, packages
+from vmbuild.model import GuestImage, ImageSpec
+from vmbuild.report import Reporter
+from vmbuild.whole import hash_file, write_whole
+
+PARTS = ("kernel", "initrd", "root.squashfs")
+
+
+@dataclass(frozen=True)
+class Check:
+    """What re-hashing one guest image found; `problem` is empty when nothing is wrong."""
+
+    name: str
+    digest: str
+    problem: str
+
+
+def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
+    """Return a guest image, assembling it first when the cache has none of this recipe.
+
+    Safe when two ask at once. Raises GuestImageError or HostError; the cache then holds nothing half-written.
+    """
+    found = find(spec, cache)
+    if found is not None:
+        return found
+    with _lock(cache, spec.name, report):
+        return find(spec, cache) or _assemble(spec, mirrors, cache, report)
+
+
+def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
+    """Return the guest image that the cache holds for this row as it now is, None when there is none."""
+    try:
+        digest = _pointer(spec, cache).read_text().strip()
+        return _load(spec, cache, digest)
+    except FileNotFoundError:
+        return None
+
+
+def verify(cache: Path) -> list[Check]:
+    """Hash every file of every guest image again and compare it with its manifest."""
+    return [_check(folder) for folder in sorted((cache / "images").glob("*/manifest.json"))]
+
+
+def _check(manifest_path: Path) -> Check:
+    text = manifest_path.read_bytes()
+    manifest = json.loads(text)
+    digest = manifest_path.parent.name
+    problems = [] if hashlib.sha256(text).hexdigest() == digest else ["the manifest was changed"]
+    for part, facts in manifest["files"].items():
+        path = manifest_path.parent / part
+        if not path.exists():
+            problems.append(f"{part} is missing")
+        elif hash_file(path) != facts["sha256"]:
+            problems.append(f"{part} was changed")
+    return Check(manifest["name"], digest, ", ".join(problems))
+
+
+def recipe_digest(spec: ImageSpec) -> str:
+    """Return a digest of all that decides what a row assembles to, but for the packages' versions."""
+    facts = {key: str(value) for key, value in sorted(vars(spec).items()) if key not in ("folder", "guest_files")}
+    digest = hashlib.sha256(json.dumps([appliance.RECIPE, facts], default=str).encode())
+    for path in sorted(path for path in spec.guest_files.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(spec.guest_files).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _lock(cache: Path, name: str, report: Reporter) -> Iterator[None]:
+    (cache / "images").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache / "images" / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except TimeoutError:
+        report.step(f"Waiting for another vmbuild that assembles {name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _pointer(spec: ImageSpec, cache: Path) -> Path:
+    return cache / "images" / f"{spec.name}.{recipe_digest(spec)[:16]}"
+
+
+def _load(spec: ImageSpec, cache: Path, digest: str) -> GuestImage:
+    folder = cache / "images" / digest
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for part, facts in manifest["files"].items():
+        if (folder / part).stat().st_size != facts["size"]:
+            raise GuestImageError(
+                f"the guest image {spec.name} in the cache is damaged: {part} has another size",
+                resolution=f"Delete {folder} and run the command again.",
+            )
+    kernel, initrd, root = (folder / part for part in PARTS)
+    size = sum(facts["size"] for facts in manifest["files"].values())
+    return GuestImage(
+        spec.name, digest, spec.arch, kernel, initrd, root, spec.machine_type, spec.cpu_model, spec.kernel_args, size
+    )
+
+
+def fetch_packages(
+    spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter
+) -> tuple[packages.Package, ...]:
+    """Resolve a row's packages and bring them all into the cache, verified."""
+    report.step(f"Reading the package lists for {spec.name}")
+    indexes = debian.open_indexes(spec.repositories, spec.arch, mirrors, spec.keyrings, cache / "indexes", report)
+    closure = packages.resolve_closure(indexes, [*spec.packages, spec.kernel], without=spec.without)
+    report.step(f"Downloading {len(closure)} packages")
+    fetch.fetch_all(packages.package_downloads(closure, cache / "packages"), report, label="download")
+    return closure
+
+
+def _assemble(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
+    closure = fetch_packages(spec, mirrors, cache, report)
+    with _workspace(cache / "images", spec.name) as folder:
+        facts = appliance.assemble(spec, closure, cache / "packages", folder, report)
+        manifest = json.dumps(_manifest(spec, closure, folder, facts), indent=1, sort_keys=True).encode()
+        (folder / "manifest.json").write_bytes(manifest)
+        digest = hashlib.sha256(manifest).hexdigest()
+        _publish(folder, cache / "images" / digest)
+    write_whole(_pointer(spec, cache), digest.encode())
+    return _load(spec, cache, digest)
+
+
+def _manifest(
+    spec: ImageSpec, closure: tuple[packages.Package, ...], folder: Path, facts: Mapping[str, str]
+) -> dict[str, object]:
+    return {
+        "name": spec.name,
+        "arch": str(spec.arch),
+        "recipe": recipe_digest(spec),
+        **facts,
+        "packages": [{"name": p.name, "version": p.version, "sha256": p.sha256} for p in closure],
+        "files": {part: {"sha256": hash_file(folder / part), "size": (folder / part).stat().st_size} for part in PARTS},
+    }
+
+
+@contextmanager
+def _workspace(images: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder for assembling in; the lock is held, so older ones are an interrupted run's remains."""
+    for remains in images.glob(f".{name}-*"):
+        shutil.rmtree(remains)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=images))
+    try:
+        yield folder
+    except OSError as error:
+        raise HostError(
+            f"cannot write the guest image: {error.strerror}",
+            details=str(error),
+            resolution=f"Make room in {images} or set VMBUILD_CACHE_DIR to another folder.",
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Make the files read-only and durable, then give the folder its name in one step."""
+    for path in folder.iterdir():
+        path.chmod(0o444)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o755)
+    if not target.exists():
+        folder.replace(target)

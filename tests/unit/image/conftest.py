@@ -1,0 +1,195 @@
+"""A web server on 127.0.0.1 that misbehaves on demand, and a reporter that remembers."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from vmbuild.image import http
+from vmbuild.report import Meter, SilentReporter
+
+
+class Dropped(Exception):
+    """Raised by a behaviour to close the connection without another word."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request; behaviours write to it."""
+
+    protocol_version = "HTTP/1.1"
+    site: Site
+
+    def do_GET(self) -> None:
+        self.site.requests.append((self.path, self.headers.get("Range", "")))
+        behaviours = self.site.behaviours.get(self.path, [])
+        behave = behaviours.pop(0) if behaviours else self.site.default
+        try:
+            behave(self)
+        except (Dropped, ConnectionError):
+            self.close_connection = True
+
+    def reply(self, status: int, body: bytes = b"", *, length: int | None = None, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        self.write(body)
+
+    def write(self, body: bytes) -> None:
+        self.wfile.write(body)
+        self.wfile.flush()
+        self.site.count(len(body))
+
+    def serve_file(self) -> None:
+        """Serve the file as a good server does, ranges included."""
+        body = self.site.files.get(self.path)
+        if body is None:
+            return self.reply(404)
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        if match and start >= len(body):
+            return self.reply(416)
+        if match:
+            return self.reply(206, body[start:], content_range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+        return self.reply(200, body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+Behaviour = Callable[[Answer], None]
+
+
+@dataclass
+class Site:
+    """The files a server has, what it does to the next requests for a path, and what it was asked."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    behaviours: dict[str, list[Behaviour]] = field(default_factory=dict)
+    default: Behaviour = Answer.serve_file
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    url: str = ""
+    served_bytes: int = 0
+    released: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, amount: int) -> None:
+        with self._lock:
+            self.served_bytes += amount
+
+    def asked(self, path: str) -> list[str]:
+        """Return the Range headers of the requests for a path, empty for a whole file."""
+        return [ranges for asked, ranges in self.requests if asked == path]
+
+
+def status(code: int) -> Behaviour:
+    """Answer with this status and no body."""
+    return lambda answer: answer.reply(code)
+
+
+def drop_after(amount: int) -> Behaviour:
+    """Promise the rest of the file, send some bytes of it, close."""
+
+    def behave(answer: Answer) -> None:
+        body = answer.site.files[answer.path]
+        match = re.fullmatch(r"bytes=(\d+)-", answer.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        content_range = f"bytes {start}-{len(body) - 1}/{len(body)}" if match else ""
+        piece = body[start : start + amount]
+        answer.reply(206 if match else 200, piece, length=len(body) - start, content_range=content_range)
+        raise Dropped
+
+    return behave
+
+
+def hang_after(amount: int) -> Behaviour:
+    """Send some bytes, then nothing until the site is released."""
+
+    def behave(answer: Answer) -> None:
+        body = answer.site.files[answer.path]
+        answer.reply(200, body[:amount], length=len(body))
+        answer.site.released.wait(30)
+        raise Dropped
+
+    return behave
+
+
+def without_ranges(answer: Answer) -> None:
+    """Serve the whole file whatever range was asked for."""
+    answer.reply(200, answer.site.files[answer.path])
+
+
+def send(body: bytes) -> Behaviour:
+    """Serve this instead of the file."""
+    return lambda answer: answer.reply(200, body)
+
+
+def close_delimited(amount: int) -> Behaviour:
+    """Send some bytes without having said how many will come."""
+
+    def behave(answer: Answer) -> None:
+        answer.send_response(200)
+        answer.end_headers()
+        answer.write(answer.site.files[answer.path][:amount])
+        raise Dropped
+
+    return behave
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """Yield a server's site."""
+    made = Site()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundAnswer", (Answer,), {"site": made}))
+    server.daemon_threads = True
+    made.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    made.released.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again at once, and past any proxy of the host."""
+    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+class Listener(SilentReporter):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.warnings: list[str] = []
+        self.meters: list[tuple[str, int | None]] = []
+        self.advanced = 0
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def meter(self, label: str, total: int | None, *, unit: str = "B") -> AbstractContextManager[Meter]:
+        self.meters.append((label, total))
+        return nullcontext(self)
+
+    def advance(self, amount: int) -> None:
+        self.advanced += amount
+
+
+@pytest.fixture
+def listener() -> Listener:
+    """Return a reporter that remembers."""
+    return Listener()

@@ -1,0 +1,462 @@
+"""A signed repository made on the spot: what is good is taken, what is not says why."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+
+from tests.unit.image.conftest import Listener, Site, send, status
+from vmbuild.errors import GuestImageError
+from vmbuild.image import debian
+from vmbuild.image.debian import BadSignature, ExpiredRelease, PackageIndex, open_index, open_indexes
+from vmbuild.image.fetch import NotFound, Unreachable, WrongDigest
+from vmbuild.image.mirrors import host_mirrors, resolve_mirror
+from vmbuild.image.packages import Relation, package_downloads, parse_relations, resolve_closure
+from vmbuild.model import Repository
+from vmbuild.report import SilentReporter
+
+TRIXIE = Repository("trixie", "debian", "http://public.invalid/debian")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def stanza(name: str, version: str = "1", **fields: str) -> str:
+    given = {"Package": name, "Version": version, "Architecture": "arm64", "Priority": "optional"}
+    given |= {"Filename": f"pool/{name}.deb", "Size": "4", "SHA256": sha256(f"{name}{version}".encode())}
+    given |= {key.replace("_", "-"): value for key, value in fields.items()}
+    return "".join(f"{key}: {value}\n" for key, value in given.items())
+
+
+def index(*stanzas: str) -> PackageIndex:
+    return PackageIndex("\n".join(stanzas).encode(), "http://mirror.invalid/debian")
+
+
+# --- signatures and digests -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A throw-away GnuPG home with the keys of an archive and of a stranger."""
+
+    home: Path
+
+    def sign(self, text: str, *signers: str) -> bytes:
+        users = [option for signer in signers for option in ("--local-user", f"{signer}@test.invalid")]
+        return self.gpg(*users, "--clearsign", stdin=text.encode())
+
+    def export(self, signer: str) -> Path:
+        path = self.home / f"{signer}.keyring.gpg"
+        path.write_bytes(self.gpg("--export", f"{signer}@test.invalid"))
+        return path
+
+    def gpg(self, *argv: str, stdin: bytes = b"") -> bytes:
+        common = [
+            "gpg",
+            "--homedir",
+            str(self.home),
+            "--batch",
+            "--quiet",
+            "--passphrase",
+            "",
+            "--pinentry-mode=loopback",
+        ]
+        return subprocess.run([*common, *argv], input=stdin, capture_output=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def keys() -> Iterator[Keys]:
+    """Yield keys of `archive`, `old` (unknown to the catalogue), `stranger` and `expired`."""
+    if shutil.which("gpg") is None:
+        pytest.skip("gpg is not installed")
+    with tempfile.TemporaryDirectory(prefix="gpg-", dir="/tmp") as folder:  # a short path: gpg-agent has a socket there
+        made = Keys(Path(folder))
+        made.home.chmod(0o700)
+        for name in ("archive", "old", "stranger"):
+            made.gpg("--quick-gen-key", f"{name}@test.invalid", "ed25519", "sign", "never")
+        past = ("--faked-system-time", "20200101T000000!")
+        made.gpg(*past, "--quick-gen-key", "expired@test.invalid", "ed25519", "sign", "1d")
+        yield made
+        subprocess.run(["gpgconf", "--homedir", folder, "--kill", "all"], check=False)
+
+
+@dataclass
+class Suite:
+    """A suite on the site; `publish` signs it."""
+
+    site: Site
+    keys: Keys
+    cache: Path
+    packages: bytes = stanza("hello").encode()
+    fields: dict[str, str] = field(default_factory=lambda: {"Suite": "stable", "Codename": "trixie"})
+    by_hash: bool = False
+    listener: Listener = field(default_factory=Listener)
+    repository: Repository = TRIXIE
+
+    @property
+    def folder(self) -> str:
+        return f"/debian/dists/{self.repository.suite}"
+
+    @property
+    def index_path(self) -> str:
+        return f"{self.folder}/main/binary-arm64/Packages.xz"
+
+    @property
+    def hashed_path(self) -> str:
+        return f"{self.folder}/main/binary-arm64/by-hash/SHA256/{sha256(lzma.compress(self.packages))}"
+
+    def release(self) -> str:
+        packed = lzma.compress(self.packages)
+        fields = {**self.fields, "Acquire-By-Hash": "yes"} if self.by_hash else self.fields
+        head = "".join(f"{key}: {value}\n" for key, value in fields.items())
+        return f"{head}SHA256:\n {sha256(packed)} {len(packed)} main/binary-arm64/Packages.xz\n"
+
+    def publish(self, *signers: str) -> None:
+        self.serve(self.keys.sign(self.release(), *(signers or ("archive",))))
+
+    def serve(self, in_release: bytes) -> None:
+        self.site.files[f"{self.folder}/InRelease"] = in_release
+        self.site.files[self.hashed_path if self.by_hash else self.index_path] = lzma.compress(self.packages)
+
+    @property
+    def mirrors(self) -> dict[str, str]:
+        return {"debian": f"{self.site.url}/debian/"}
+
+    def open(self, *keyrings: str) -> PackageIndex:
+        files = [self.keys.export(name) for name in keyrings or ("archive",)]
+        return open_index(self.repository, "arm64", self.mirrors, files, self.cache, self.listener)
+
+    def open_all(self) -> list[PackageIndex]:
+        files = [self.keys.export("archive")]
+        return open_indexes([self.repository], "arm64", self.mirrors, files, self.cache, self.listener)
+
+
+@pytest.fixture
+def suite(site: Site, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """Return an unpublished suite."""
+    monkeypatch.setattr(debian, "RETRY_PAUSES_S", (0.0, 0.0))
+    return Suite(site, keys, tmp_path / "indexes")
+
+
+def test_a_signed_suite_opens_and_its_index_is_cached(suite: Suite) -> None:
+    suite.publish()
+    for _ in range(2):
+        package = suite.open().find("hello")
+        assert package is not None and package.url == f"{suite.site.url}/debian/pool/hello.deb"
+    assert len(suite.site.asked(f"{suite.folder}/InRelease")) == 2
+    assert len(suite.site.asked(suite.index_path)) == 1
+
+
+def test_one_known_key_of_several_signers_is_enough(suite: Suite) -> None:
+    suite.publish("old", "archive")
+    assert suite.open().find("hello")
+    assert suite.open("stranger", "archive").find("hello")
+
+
+def test_by_hash_is_used_and_the_plain_path_when_it_is_not_there(suite: Suite) -> None:
+    suite.by_hash = True
+    suite.publish()
+    assert suite.open().find("hello")
+    assert suite.site.asked(suite.index_path) == []
+    shutil.rmtree(suite.cache)
+    suite.site.files[suite.index_path] = suite.site.files.pop(suite.hashed_path)
+    assert suite.open().find("hello")
+    assert len(suite.site.asked(suite.index_path)) == 1
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_cannot_be_trusted_is_refused_even_where_it_is_optional(suite: Suite, optional: bool) -> None:
+    suite.repository = replace(TRIXIE, optional=optional)
+    suite.publish("archive")
+    good = suite.site.files[f"{suite.folder}/InRelease"]
+    past = ("--faked-system-time", "20200101T010000!", "--local-user", "expired@test.invalid")
+    for signed, problem in (
+        (suite.release().encode(), "not signed"),
+        (suite.keys.sign(suite.release(), "stranger"), "keys that the catalogue does not have"),
+        (good.replace(b"Suite: stable", b"Suite: stabel"), "altered"),
+        (suite.keys.sign("Suite: x\n", "stranger") + good, "altered"),
+        (good + good.replace(b"Suite: stable", b"Suite: stabel"), "altered"),
+        (b"", "not signed"),
+        (suite.keys.gpg(*past, "--clearsign", stdin=suite.release().encode()), "catalogue does not have"),
+    ):
+        suite.serve(signed)
+        with pytest.raises(BadSignature) as caught:
+            suite.open_all()
+        assert problem in caught.value.brief
+    assert suite.listener.warnings == []
+    assert suite.site.asked(suite.index_path) == []
+
+
+def test_an_expired_key_is_refused(suite: Suite) -> None:
+    past = ("--faked-system-time", "20200101T010000!", "--local-user", "expired@test.invalid")
+    suite.serve(suite.keys.gpg(*past, "--clearsign", stdin=suite.release().encode()))
+    with pytest.raises(BadSignature, match="key has expired"):
+        suite.open("expired")
+    suite.publish("archive")
+    suite.open("expired", "archive")
+
+
+def test_text_around_the_signed_part_is_never_read(suite: Suite) -> None:
+    suite.publish()
+    path = f"{suite.folder}/InRelease"
+    suite.site.files[path] = b"Codename: evil\n\n" + suite.site.files[path] + b"\nValid-Until: never\n"
+    assert suite.open().find("hello")
+
+
+def test_a_swapped_suite_is_refused(suite: Suite) -> None:
+    suite.fields = {"Suite": "oldstable", "Codename": "bookworm"}
+    suite.publish()
+    with pytest.raises(GuestImageError, match="another suite") as caught:
+        suite.open_all()
+    assert "bookworm" in caught.value.details
+
+
+def test_an_expired_release_is_told_and_only_a_warning_where_it_is_optional(suite: Suite) -> None:
+    now = datetime.now(UTC)
+    for moment, expired in ((now + timedelta(hours=1), False), (now - timedelta(hours=1), True)):
+        suite.fields["Valid-Until"] = format_datetime(moment, usegmt=True).replace("GMT", "UTC")
+        suite.publish()
+        if not expired:
+            assert suite.open().find("hello")
+    with pytest.raises(ExpiredRelease):
+        suite.open_all()
+    suite.repository = replace(TRIXIE, optional=True)
+    assert suite.open_all() == []
+    assert "going on without trixie" in suite.listener.warnings[0]
+
+
+def test_a_server_that_does_not_serve_is_only_a_warning_where_it_is_optional(suite: Suite) -> None:
+    with pytest.raises(NotFound):
+        suite.open_all()
+    suite.site.default = status(503)
+    with pytest.raises(Unreachable):
+        suite.open_all()
+    suite.repository = replace(TRIXIE, optional=True)
+    assert suite.open_all() == []
+    assert "503" in suite.listener.warnings[0]
+
+
+def test_an_index_with_a_wrong_digest_is_refused_even_where_it_is_optional(suite: Suite) -> None:
+    suite.repository = replace(TRIXIE, optional=True)
+    suite.publish()
+    suite.site.files[suite.index_path] = lzma.compress(stanza("evil").encode())
+    with pytest.raises(WrongDigest, match="out of step"):
+        suite.open_all()
+    assert len(suite.site.asked(f"{suite.folder}/InRelease")) == 3
+    assert not list(suite.cache.glob("*.xz"))
+
+
+def test_a_mirror_in_the_middle_of_an_update_is_read_again(suite: Suite) -> None:
+    suite.publish()
+    release = f"{suite.folder}/InRelease"
+    old = suite.site.files[release]
+    suite.packages = stanza("hello", "2").encode()
+    suite.publish()
+    suite.site.behaviours[release] = [send(old)]
+    found = suite.open().find("hello")
+    assert found is not None and found.version == "2"
+    assert "being updated" in suite.listener.steps[0]
+
+
+def test_a_damaged_index_in_the_cache_is_told_and_removed(suite: Suite) -> None:
+    suite.publish()
+    suite.open()
+    (cached,) = suite.cache.glob("*.xz")
+    cached.write_bytes(b"x" * cached.stat().st_size)
+    with pytest.raises(GuestImageError, match="was damaged"):
+        suite.open()
+    assert suite.open().find("hello")
+
+
+def test_the_indexes_of_all_components_are_one(suite: Suite) -> None:
+    suite.repository = replace(TRIXIE, components=("main", "main"))
+    suite.publish()
+    assert names([suite.open()], ["hello"]) == ["hello"]
+
+
+def test_an_architecture_that_is_not_there_is_told(suite: Suite) -> None:
+    suite.publish()
+    with pytest.raises(GuestImageError, match="has no main/binary-armhf"):
+        open_index(TRIXIE, "armhf", suite.mirrors, [suite.keys.export("archive")], suite.cache, SilentReporter())
+
+
+# --- packages and their closure -------------------------------------------------------------------------------------
+
+
+def names(*arguments: object, **options: object) -> list[str]:
+    return [package.name for package in resolve_closure(*arguments, **options)]  # type: ignore[arg-type]
+
+
+def test_a_package_is_read_from_its_stanza() -> None:
+    text = stanza("hello", "2:1-1", Pre_Depends="a", Depends="b (>= 1)", Essential="yes", Priority="required")
+    package = index(stanza("first"), text, stanza("last")).find("hello")
+    assert package is not None
+    assert (package.version, package.depends, package.essential, package.size) == ("2:1-1", "a, b (>= 1)", True, 4)
+    assert package.control == text
+    assert index(text).find("hell") is None
+    (download,) = package_downloads([package], Path("/cache"))
+    assert download.path == Path("/cache") / package.sha256[:2] / package.sha256
+
+
+def test_a_stanza_without_a_digest_is_told() -> None:
+    with pytest.raises(GuestImageError, match="SHA256"):
+        index(stanza("hello").replace("SHA256", "MD5sum")).find("hello")
+
+
+def test_relations_are_parsed() -> None:
+    assert parse_relations("a (>= 1:2~3) | b:any,\n c,") == [
+        [Relation("a", ">=", "1:2~3"), Relation("b")],
+        [Relation("c")],
+    ]
+    assert parse_relations("") == []
+
+
+@pytest.mark.parametrize(
+    ("operator", "accepted"),
+    [("<<", "1"), ("<=", "12"), ("<", "12"), ("=", "2"), (">=", "23"), (">", "23"), (">>", "3")],
+)
+def test_versions_are_compared(operator: str, accepted: str) -> None:
+    relation = Relation("x", operator, "2")
+    assert "".join(version for version in "123" if relation.accepts(version)) == accepted
+
+
+def test_the_closure_follows_depends_and_pre_depends_and_ends_at_what_is_left_out() -> None:
+    roots = [stanza("a", Depends="b, c", Recommends="x"), stanza("b", Pre_Depends="d"), stanza("c", Depends="e")]
+    found = index(*roots, stanza("d"), stanza("e"), stanza("x"))
+    assert names([found], ["a"]) == ["a", "b", "c", "d", "e"]
+    assert names([found], ["a"], without=["c"]) == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize(
+    ("depends", "wanted", "without", "expected"),
+    [
+        ("none | b | c", "a", "", "a b"),
+        ("b | c", "a c", "", "a c"),
+        ("b (>= 2) | c", "a", "", "a c"),
+        ("virtual", "a", "", "a p1"),
+        ("virtual", "a p2", "", "a p2"),
+        ("virtual", "a", "p2", "a"),
+        ("virtual", "a", "virtual", "a"),
+        ("virtual (>= 2)", "a", "", "a p3"),
+        ("b | c", "a", "b", "a"),
+        ("b | c", "a c", "b", "a c"),
+        ("a | none", "a", "", "a"),
+    ],
+)
+def test_alternatives(depends: str, wanted: str, without: str, expected: str) -> None:
+    found = index(
+        stanza("a", Depends=depends), stanza("b"), stanza("c"), stanza("p2", Provides="virtual"),
+        stanza("p1", Provides="other, virtual"), stanza("p3", Provides="virtual (= 3)", Priority="extra"),
+    )  # fmt: skip
+    assert names([found], wanted.split(), without=without.split()) == expected.split()
+
+
+def test_a_required_provider_comes_before_an_optional_one() -> None:
+    found = index(
+        stanza("gawk", Provides="awk"), stanza("mawk", Provides="awk", Priority="required"), stanza("a", Depends="awk")
+    )
+    assert names([found], ["a"]) == ["a", "mawk"]
+
+
+def test_the_newest_version_of_all_indexes_wins() -> None:
+    main, security = index(stanza("a", "1-1+deb13u9", Depends="b"), stanza("b")), index(stanza("a", "1-1+deb13u10"))
+    (package,) = resolve_closure([main, security], ["a"])
+    assert package.version == "1-1+deb13u10"
+
+
+def test_essential_takes_what_is_marked_in_any_index() -> None:
+    main = index(stanza("a", Essential="yes", Depends="b"), stanza("b"), stanza("c", Priority="required"), stanza("d"))
+    assert names([main, index(stanza("e", Essential="yes"))], ["d"], essential=True) == ["a", "b", "c", "d", "e"]
+
+
+def test_what_cannot_be_satisfied_names_the_chain() -> None:
+    found = index(stanza("a", Depends="b"), stanza("b", Depends="c (>= 2) | d"), stanza("c"))
+    with pytest.raises(GuestImageError) as caught:
+        resolve_closure([found], ["a"])
+    assert "c (>= 2) | d" in caught.value.brief
+    assert caught.value.details == "wanted by a -> b"
+    with pytest.raises(GuestImageError, match="nothing"):
+        resolve_closure([found], ["nothing"])
+
+
+def test_a_closure_is_closed_and_does_not_depend_on_the_order_of_the_index() -> None:
+    dice = random.Random(3)
+    for _ in range(30):
+        known = [f"p{number}" for number in range(30)]
+        texts = [stanza(name, Depends=", ".join(dice.sample(known, dice.randrange(3)))) for name in known]
+        texts = [text.replace("Depends: \n", "") for text in texts]
+        wanted = dice.sample(known, 3)
+        found = resolve_closure([index(*texts)], wanted)
+        held = {package.name for package in found}
+        assert held >= set(wanted)
+        assert all(group[0].name in held for package in found for group in parse_relations(package.depends))
+        dice.shuffle(texts)
+        assert resolve_closure([index(*texts)], wanted) == found
+
+
+# --- mirrors --------------------------------------------------------------------------------------------------------
+
+
+def host(root: Path, *, os_id: str = "debian", **files: str) -> Path:
+    folder = root / "etc/apt/sources.list.d"
+    folder.mkdir(parents=True)
+    (root / "etc/os-release").write_text(f'NAME="x"\nID={os_id}\n')
+    for name, text in files.items():
+        path = folder.parent / "sources.list" if name == "sources" else folder / name.replace("_", ".")
+        path.write_text(text)
+    return root
+
+
+SOURCES = "Types: deb\nSuites: trixie trixie-updates\nComponents: main\n# was: old\n"
+KEYRING = "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"sources": "deb http://m/debian/ trixie main # x\n deb https://s/debian-security trixie-security main"},
+            {"debian": "http://m/debian", "debian-security": "https://s/debian-security"},
+        ),
+        ({"a_sources": f"{SOURCES}URIs: http://m/x\n{KEYRING}"}, {"debian": "http://m/x"}),
+        ({"a_sources": f"{SOURCES}URIs: http://m/x\n"}, {}),
+        ({"a_sources": f"Enabled: no\n{SOURCES}URIs: http://m/debian\n{KEYRING}"}, {}),
+        ({"a_list": "# deb http://m/debian trixie main\ndeb-src http://m/debian trixie main"}, {}),
+        ({"a_list": "deb http://m/debian trixie-backports main"}, {}),
+        ({"a_list": "deb [arch=amd64 signed-by=/docker.asc] https://docker/linux/debian trixie main"}, {}),
+        ({"a_list": "deb https://docker/linux/debian trixie stable"}, {}),
+        ({"a_list": "deb https://other/apt trixie main"}, {}),
+        ({"a_list": "deb file:/srv/debian trixie main\ndeb cdrom:[Debian]/debian trixie main"}, {}),
+        (
+            {"b_list": "deb http://b/debian trixie main", "a_list": "deb [arch=amd64] http://a/debian stable main"},
+            {"debian": "http://a/debian"},
+        ),
+        ({"a_list_disabled": "deb http://m/debian trixie main"}, {}),
+    ],
+)
+def test_the_hosts_mirror_is_found(tmp_path: Path, files: dict[str, str], expected: dict[str, str]) -> None:
+    assert host_mirrors(host(tmp_path, **files)) == expected
+
+
+def test_a_host_that_is_not_debian_has_no_mirror(tmp_path: Path) -> None:
+    assert host_mirrors(host(tmp_path, os_id="ubuntu", sources="deb http://m.invalid/debian trixie main")) == {}
+    assert host_mirrors(tmp_path / "nothing") == {}
+
+
+def test_a_setting_comes_before_the_host_and_the_host_before_the_public_default(tmp_path: Path) -> None:
+    root = host(tmp_path, sources="deb http://m.invalid/debian trixie main")
+    assert resolve_mirror(TRIXIE, {"debian": "http://mine.invalid/debian/"}, root=root) == "http://mine.invalid/debian"
+    assert resolve_mirror(TRIXIE, {"debian": "auto"}, root=root) == "http://m.invalid/debian"
+    assert resolve_mirror(TRIXIE, {}, root=tmp_path / "nothing") == "http://public.invalid/debian"
