@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, cast
 
@@ -66,10 +67,10 @@ def write_base(
     tree.close()
 
 
-def keep_slim(exclude: Sequence[str], keep_names: Sequence[str]) -> Keep:
-    """Return the filter of a slim image: drops the prefixes, but never a file named in `keep_names` (copyright)."""
+def keep_slim(exclude: Sequence[str], patterns: Sequence[str]) -> Keep:
+    """Return the filter of a slim image: drops the prefixes, but never what a pattern matches (copyright files)."""
     keep = rootfs.keep_all_but(exclude)
-    return lambda path: keep(path) or path.rpartition("/")[2] in keep_names
+    return lambda path: keep(path) or any(fnmatch(f"./{path}", pattern) for pattern in patterns)
 
 
 def _unpack(tree: TreeWriter, database: Database, deb: Path, keep: Keep) -> None:
@@ -132,7 +133,7 @@ def _database_files(database: Database) -> list[File]:
 def _slim_settings(spec: BaseSpec) -> list[File]:
     """Return what keeps the image slim when packages are added later: dpkg's path filters and apt's clean-up."""
     lines = [f"path-exclude {prefix.removeprefix('.')}/*" for prefix in spec.exclude]
-    lines += [f"path-include /usr/share/doc/*/{name}" for name in spec.keep]
+    lines += [f"path-include {pattern.removeprefix('.')}" for pattern in spec.keep]
     clean = (
         'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/archives/partial/*.deb || true"; };\n'
         'Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n'

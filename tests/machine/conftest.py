@@ -1,0 +1,132 @@
+"""One real machine for the tests of this folder, driven through the `vmbuild` program as a user drives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLI = Path(sys.executable).with_name("vmbuild")
+BASE = "debian:trixie-slim"
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run of the program ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+    def json(self) -> Any:
+        """Return standard output as JSON."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The `vmbuild` program with a cache and a state folder of its own."""
+
+    cache: Path
+    state: Path
+    name: str = "shared"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment that it runs in."""
+        own = {
+            "VMBUILD_CACHE_DIR": str(self.cache),
+            "VMBUILD_STATE_DIR": str(self.state),
+            "VMBUILD_NAME": self.name,
+            "VMBUILD_MEMORY": "2G",
+            "XDG_CONFIG_HOME": str(self.state / "no-config"),
+        }
+        return {**os.environ, **own}
+
+    def start(self, *args: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+        """Start the program, both outputs piped."""
+        return subprocess.Popen(
+            [str(CLI), *args],
+            cwd=cwd,
+            env={**self.env, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *args: str, stdin: bytes = b"", cwd: Path | None = None, timeout_s: float = 600, **env: str) -> Done:
+        """Run the program to its end, whatever its exit code."""
+        done = subprocess.run(
+            [str(CLI), *args],
+            cwd=cwd,
+            env={**self.env, **env},
+            input=stdin,
+            capture_output=True,
+            check=False,
+            timeout=timeout_s,
+        )
+        return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+
+    def ok(self, *args: str, stdin: bytes = b"", cwd: Path | None = None, **env: str) -> Done:
+        """Run the program and expect it to end well."""
+        done = self.run(*args, stdin=stdin, cwd=cwd, **env)
+        assert done.code == 0, f"vmbuild {' '.join(args)} -> {done.code}\n{done.err}"
+        return done
+
+    def guest(self, script: str) -> str:
+        """Run a shell script in the guest and return its output."""
+        return self.ok("ssh", "--", "sh", "-c", script).out.decode()
+
+    def named(self, name: str) -> Cli:
+        """Return the same program with another machine."""
+        return Cli(self.cache, self.state, name)
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """The program, with every machine of its state folder destroyed at the end."""
+    folder = tmp_path_factory.mktemp("home")
+    given = os.environ.get("VMBUILD_TEST_CACHE")
+    program = Cli(Path(given) if given else folder / "cache", folder / "state")
+    program.state.mkdir()
+    yield program
+    for machine in program.run("list", "--json").json():
+        program.run("destroy", "--yes", machine["name"])
+
+
+@pytest.fixture(scope="session")
+def machine(cli: Cli) -> Cli:
+    """The program, with its machine up."""
+    cli.ok("up")
+    return cli
+
+
+@pytest.fixture(scope="session")
+def based(machine: Cli) -> Cli:
+    """The program, with its machine up and the base image in it."""
+    machine.ok("base", BASE)
+    return machine
+
+
+def interrupt(program: subprocess.Popen[bytes]) -> Done:
+    """Press Ctrl-C and wait for the end."""
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=120)
+    return Done(program.returncode, out, err.decode(errors="replace"))
+
+
+def wait_until(check: Any, what: str, limit_s: float = 60) -> None:
+    """Wait until a check is true."""
+    end = time.monotonic() + limit_s
+    while not check():
+        assert time.monotonic() < end, f"waited {limit_s} s in vain: {what}"
+        time.sleep(0.3)

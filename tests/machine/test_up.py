@@ -1,0 +1,108 @@
+"""A machine comes up, stays one, survives what happens to it, and goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.machine.conftest import Cli, wait_until
+from vmbuild import process
+from vmbuild.guest import keys
+
+pytestmark = pytest.mark.machine
+
+
+def test_up_leads_to_a_docker_that_answers(machine: Cli) -> None:
+    status = machine.ok("status", "--json").json()
+    assert status["state"] == "running"
+    assert status["memory_mib"] == 2048
+    assert machine.guest("docker version --format '{{.Server.Os}}/{{.Server.Arch}}'").strip() == "linux/arm64"
+    assert machine.guest("uname -m").strip() == "aarch64"
+
+
+def test_up_again_finds_the_same_machine(machine: Cli) -> None:
+    before = machine.ok("status", "--json").json()
+    machine.ok("up")
+    assert machine.ok("status", "--json").json()["pid"] == before["pid"]
+
+
+def test_a_wrong_choice_for_a_running_machine_is_said(machine: Cli) -> None:
+    assert "takes effect after" in machine.ok("up", "--cpus", "3").err
+
+
+def test_the_guest_is_set_up_as_promised(machine: Cli) -> None:
+    assert "zram" in machine.guest("cat /proc/swaps")
+    assert "overlay" in machine.guest("mount | grep ' / '")
+    assert machine.guest("docker info --format '{{.Driver}} {{.CgroupVersion}}'").split() == ["overlayfs", "2"]
+    clock = int(machine.guest("date +%s"))
+    assert abs(clock - int(process.run(["date", "+%s"]))) <= 5
+
+
+def test_ssh_passes_input_output_and_exit_code(machine: Cli) -> None:
+    done = machine.run("ssh", "--", "sh", "-c", "cat; echo no >&2; exit 42", stdin=b"in\n")
+    assert (done.code, done.out) == (42, b"in\n")
+    assert "no" in done.err
+
+
+def test_logs_show_the_boot(machine: Cli) -> None:
+    assert b"vmbuild: booted in" in machine.ok("logs").out
+
+
+def test_a_wrong_host_key_is_refused(machine: Cli, tmp_path: Path) -> None:
+    public = machine.state / "machines" / machine.name / "ssh_host_ed25519_key.pub"
+    before = public.read_bytes()
+    keys.ensure_key(tmp_path / "stranger", "stranger")
+    try:
+        shutil.copy(tmp_path / "stranger.pub", public)
+        done = machine.run("ssh", "--", "true")
+        assert done.code == 6
+        assert "host key" in done.err
+    finally:
+        public.write_bytes(before)
+    machine.ok("ssh", "--", "true")
+
+
+def test_only_loopback_listens(machine: Cli) -> None:
+    port = machine.ok("status", "--json").json()["ssh_port"]
+    listening = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    owners = {line.split()[1] for line in listening.splitlines() if f":{port:04X} " in line.split(" 0A ")[0] + " "}
+    assert owners == {f"0100007F:{port:04X}"}
+
+
+def test_two_at_once_start_one_machine(cli: Cli) -> None:
+    twin = cli.named("twin")
+    programs = [twin.start("up"), twin.start("up")]
+    ends = [program.communicate(timeout=300)[1].decode() for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], ends
+    assert twin.ok("status", "--json").json()["state"] == "running"
+    folder = twin.state / "machines" / "twin"
+    twin.ok("destroy", "--yes")
+    assert not folder.exists()
+
+
+def test_killed_qemu_costs_no_data(machine: Cli) -> None:
+    machine.guest("echo kept >/var/lib/vmbuild/kept; sync")
+    pid = machine.ok("status", "--json").json()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not process.is_alive(pid), "QEMU is gone", 10)
+    assert machine.ok("status", "--json").json()["state"] == "stopped"
+    machine.ok("up")
+    assert machine.guest("cat /var/lib/vmbuild/kept").strip() == "kept"
+
+
+def test_down_leaves_the_disk_and_nothing_that_runs(machine: Cli) -> None:
+    machine.guest("echo kept >/var/lib/vmbuild/down")
+    pid = machine.ok("status", "--json").json()["pid"]
+    machine.ok("down")
+    assert not process.is_alive(pid)
+    assert machine.ok("status", "--json").json()["state"] == "stopped"
+    left = {path.name for path in (machine.state / "machines" / machine.name).iterdir()}
+    assert not {name for name in left if name.endswith((".sock", ".pid"))}
+    assert machine.ok("down").code == 0
+    machine.ok("up")
+    assert machine.guest("cat /var/lib/vmbuild/down").strip() == "kept"
+    assert "recovering journal" not in machine.guest("cat /run/vmbuild/e2fsck.log")
