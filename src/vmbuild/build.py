@@ -15,7 +15,7 @@ from typing import BinaryIO
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError, UsageError
 from vmbuild.guest import archive, context, docker, ready, seed, ssh, terminal
-from vmbuild.guest.session import Feed, Session, copy_from
+from vmbuild.guest.session import Feed, Session, copy_from, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog, store
 from vmbuild.machine import lifetime, serial
@@ -75,6 +75,15 @@ def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, re
     if now.state == "running":
         _warn_of_differences(request, now, report)
         return False
+    if now.state == "paused":
+        report.step(f"Resuming the machine {request.name}")
+        lifetime.resume(files)
+        return False
+    if now.state == "broken":
+        raise MachineError(
+            f"the machine {request.name} does not answer",
+            resolution=f"End it with `vmbuild down {request.name}`, then run the command again.",
+        )
     image = _guest_image(request, home, report)
     spec = MachineSpec(request.name, request.cpus, request.memory_mib, request.disk_bytes, image)
     qemu = probe(image.arch, home.cache)
@@ -87,7 +96,7 @@ def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, re
         environment={name: os.environ[name] for name in PROXY_VARIABLES if name in os.environ},
     )
     report.step(f"Starting the machine {request.name}")
-    lifetime.start(spec, files, qemu, report)
+    lifetime.start(spec, files, qemu)
     return True
 
 
@@ -151,7 +160,7 @@ def build(
             with report.meter("context", None) as meter:
                 sent = docker.unpack_context(session, work, source.write_tar, meter)
             if dockerfile is None:
-                docker.write_file(session, work.dockerfile, source.dockerfile_content)
+                docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
             dockerfile = f"{work.context}/{dockerfile}" if dockerfile else work.dockerfile
         report.step("Building")
         argv = docker.build_argv(job, work, where, dockerfile)
@@ -189,17 +198,18 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
             return found
         mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
         plan = base_image.plan(spec, PLATFORMS[platform], mirrors, home.cache, report)
-        if not plan.layer.exists():
-            with docker.workspace(session) as work:
+        with docker.workspace(session) as work:
+            if not plan.layer.exists():
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
                 docker.unpack_tree(session, work, lambda sink: base_image.write_compressed(plan, sink, report))
                 report.step("Configuring the packages in the guest")
-                docker.configure_tree(session, work, report.output)
+                with report.meter("configure", len(plan.packages), unit="packages") as meter:
+                    docker.configure_tree(session, work, meter)
                 report.step("Bringing the base image back, for the next machine")
                 with base_image.layer_writer(plan) as write:
                     docker.pack_tree(session, work, write)
-        report.step(f"Loading {spec.repo_tag}")
-        return docker.import_image(session, base_image.feed_layer(plan), spec.repo_tag, platform)
+            report.step(f"Loading {spec.repo_tag}")
+            return docker.import_image(session, work, base_image.feed_layer(plan), spec.repo_tag, platform)
 
 
 def run_in_guest(request: MachineRequest, argv: Sequence[str], home: Home, report: Reporter) -> int:  # noqa: ARG001

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -30,7 +30,7 @@ class CommandError(HostError):
     def __init__(self, argv: Sequence[str], code: int, output: str) -> None:
         super().__init__(
             f"{Path(argv[0]).name} failed with exit code {code}",
-            details=f"$ {shlex.join(argv)}\n{output.strip()}",
+            details=f"$ {shlex.join(argv)}\n{output.strip()}\nexit code {code}",
         )
         self.code = code
         self.output = output
@@ -102,6 +102,19 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
             raise
     if program.returncode != 0:
         raise CommandError(argv, program.returncode, errors.decode(errors="replace"))
+
+
+def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> Callable[[], int | None]:
+    """Start a program that outlives this process and its terminal, its output in `log`.
+
+    Return a function that tells its exit code, None while it runs. Raises HostError when the program is missing.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    with log.open("wb") as output:
+        program = subprocess.Popen(
+            argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    return program.poll
 
 
 def is_alive(pid: int) -> bool:

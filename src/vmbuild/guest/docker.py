@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError
-from vmbuild.guest.session import Feed, Output, Session, Sink, capture, send
+from vmbuild.guest.session import Feed, Output, Session, Sink, capture
 from vmbuild.model import BuildRequest
 from vmbuild.report import Meter
 
 BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
 """Called without the docker client before it: one emulated program start less."""
+
+TAR = "/usr/bin/tar"
+"""GNU tar; the guest's shell would take busybox's for a plain `tar`."""
 
 WORK = "/var/lib/vmbuild/work"
 TAIL_BYTES = 64 * 1024
@@ -38,6 +41,11 @@ class Workspace:
         return f"{self.folder}/Dockerfile"
 
     @property
+    def layer(self) -> str:
+        """Where the layer of a base image lies before Docker has it."""
+        return f"{self.folder}/layer.tar.gz"
+
+    @property
     def metadata(self) -> str:
         """Where BuildKit's metadata is written."""
         return f"{self.folder}/metadata.json"
@@ -58,7 +66,7 @@ def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Me
     """Unpack a tar stream as the build context; return its bytes. Raises BuildError when the guest cannot."""
     counter = _Counter(meter)
     errors = bytearray()
-    argv = ["tar", "-x", "--no-same-owner", "-C", work.context]
+    argv = [TAR, "-x", "--no-same-owner", "-C", work.context]
     if session.run(argv, feed=lambda sink: write_tar(counter.through(sink)), on_stderr=errors.extend) != 0:
         raise _unpack_failed(errors.decode(errors="replace"))
     return counter.total
@@ -83,11 +91,10 @@ class _Counter:
         self._meter.advance(len(data))
 
 
-def write_file(session: Session, path: str, data: bytes) -> None:
-    """Write a small file in the guest."""
+def write_file(session: Session, path: str, feed: Feed) -> None:
+    """Write a file in the guest. Raises BuildError when the guest cannot."""
     errors = bytearray()
-    argv = ["sh", "-c", 'cat >"$1"', "write", path]
-    if session.run(argv, feed=send(data), on_stderr=errors.extend) != 0:
+    if session.run(["sh", "-c", 'cat >"$1"', "write", path], feed=feed, on_stderr=errors.extend) != 0:
         raise _unpack_failed(errors.decode(errors="replace"))
 
 
@@ -178,12 +185,13 @@ def _advice(what: str) -> str:
     return ""
 
 
-def import_image(session: Session, feed: Feed, reference: str, platform: str) -> str:
+def import_image(session: Session, work: Workspace, feed: Feed, reference: str, platform: str) -> str:
     """Make a container image of one layer out of a gzip-compressed tar stream; return its id. Raises GuestError."""
     changes = ('CMD ["bash"]', "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     options = [part for change in changes for part in ("--change", change)]
-    argv = ["docker", "import", "--platform", platform, *options, "-", reference]
-    return capture(session, argv, feed=feed).strip()
+    # By way of a file: fed through the emulated client's standard input it takes three times as long.
+    write_file(session, work.layer, feed)
+    return capture(session, ["docker", "import", "--platform", platform, *options, work.layer, reference]).strip()
 
 
 def image_for(session: Session, reference: str, platform: str) -> str | None:
@@ -199,29 +207,33 @@ def image_for(session: Session, reference: str, platform: str) -> str | None:
 def unpack_tree(session: Session, work: Workspace, feed: Feed) -> None:
     """Unpack a zstd-compressed root tree, owners and all. Raises BuildError when the guest cannot."""
     errors = bytearray()
-    argv = ["sh", "-c", 'zstd -dc | tar -x --numeric-owner -C "$1"', "unpack", work.context]
+    argv = ["sh", "-c", f'zstd -dc | {TAR} -x --numeric-owner -C "$1"', "unpack", work.context]
     if session.run(argv, feed=feed, on_stderr=errors.extend) != 0 or errors:
         raise _unpack_failed(errors.decode(errors="replace"))
 
 
-def configure_tree(session: Session, work: Workspace, output: Output) -> None:
-    """Run the second stage of an unpacked Debian tree. Raises GuestError with dpkg's last words."""
+def configure_tree(session: Session, work: Workspace, meter: Meter) -> None:
+    """Run the second stage of an unpacked Debian tree, one unit of the meter a package.
+
+    Raises GuestError with dpkg's last words.
+    """
     tail = bytearray()
 
     def listen(data: bytes) -> None:
+        meter.advance(data.count(b"Setting up "))
         tail.extend(data)
-        output(data)
+        del tail[:-TAIL_BYTES]
 
     code = session.run(["/usr/lib/vmbuild/second-stage", work.context], on_stdout=listen, on_stderr=listen)
     if code != 0:
         raise GuestError(
-            f"configuring the packages failed with exit code {code}", details=tail.decode(errors="replace")[-4000:]
+            f"configuring the packages failed with exit code {code}", details=tail.decode(errors="replace")
         )
 
 
 def pack_tree(session: Session, work: Workspace, write: Output) -> None:
     """Pass on a root tree as a zstd-compressed tar. Raises GuestError."""
     errors = bytearray()
-    argv = ["sh", "-c", 'tar -c --numeric-owner --sort=name -C "$1" . | zstd -q -2 -T0', "pack", work.context]
+    argv = ["sh", "-c", f'{TAR} -c --numeric-owner --sort=name -C "$1" . | zstd -q -2 -T0', "pack", work.context]
     if session.run(argv, on_stdout=write, on_stderr=errors.extend) != 0 or errors:
         raise GuestError("the tree could not be packed in the guest", details=errors.decode(errors="replace"))

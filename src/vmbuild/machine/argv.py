@@ -1,0 +1,91 @@
+"""`MachineSpec` -> QEMU's argv. Pure: the same input gives the same list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import Qemu
+from vmbuild.model import Arch, MachineSpec
+
+MAX_TB_MIB = 512
+"""The translated code of a compiler and its friends fits; a full buffer throws everything away (QEMU, accel/tcg)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is particular to an architecture."""
+
+    machine_options: str
+    pci: str = "-pci"
+
+
+ROWS = {
+    # GICv2 allows 8 CPUs, GICv3 512.
+    Arch.ARM64: Row("gic-version=3"),
+    # Above 3 GiB an armv7 guest needs the high memory region, and a kernel with LPAE.
+    Arch.ARMHF: Row("highmem=on"),
+}
+
+
+def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> list[str]:
+    """Return the argv that starts a machine in its folder: sockets are named relative to it.
+
+    Not -daemonize: it calls setsid, which the sandbox's elevateprivileges=deny kills (QEMU 10.0).
+    """
+    row, image = ROWS[spec.image.arch], spec.image
+    argv = [
+        *(qemu.binary, "-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none"),
+        *("-name", f"guest=vmbuild-{spec.name}"),
+        *("-uuid", uuid),
+        *("-pidfile", files.pid.name),
+        *("-machine", f"{qemu.newest(image.machine_type)},{row.machine_options}"),
+        *("-accel", _accel(spec, qemu)),
+        *("-cpu", image.cpu_model if qemu.accel == "tcg" else "host"),
+        *("-smp", str(spec.cpus)),
+        *("-m", f"{spec.memory_mib}M"),
+        *("-rtc", "base=utc"),
+        *("-kernel", str(image.kernel)),
+        *("-initrd", str(image.initrd)),
+        *("-append", " ".join(image.kernel_args)),
+        *_drive("root", "raw", str(image.root), qemu, read_only=True),
+        *_drive("disk", "qcow2", files.disk.name, qemu),
+        *_drive("seed", "raw", files.seed.name, qemu, read_only=True),
+        *("-netdev", "user,id=net,net=10.0.2.0/24,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"),
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+        *("-device", "virtio-rng-pci"),
+        *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on"),
+        *("-chardev", _socket("console", files.console.name) + f",logfile={files.console_log.name},logappend=on"),
+        *("-serial", "chardev:console"),
+        *("-chardev", _socket("qmp", files.qmp.name)),
+        *("-mon", "chardev=qmp,mode=control"),
+    ]
+    if qemu.sandbox:
+        argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    return argv
+
+
+def _accel(spec: MachineSpec, qemu: Qemu) -> str:
+    if qemu.accel != "tcg":
+        return qemu.accel
+    return f"tcg,thread=multi,tb-size={min(MAX_TB_MIB, spec.memory_mib // 4)}"
+
+
+def _drive(name: str, image_format: str, path: str, qemu: Qemu, *, read_only: bool = False) -> list[str]:
+    """Return a virtio-blk drive that the guest knows by the serial number `vmbuild-NAME`."""
+    access = "read-only=on" if read_only else "discard=unmap,detect-zeroes=unmap"
+    return [
+        *("-blockdev", f"driver=file,node-name={name}-file,aio={qemu.aio},{access},filename={quote(path)}"),
+        *("-blockdev", f"driver={image_format},node-name={name},{access},file={name}-file"),
+        *("-device", f"virtio-blk-pci,drive={name},serial=vmbuild-{name}"),
+    ]
+
+
+def _socket(name: str, path: str) -> str:
+    return f"socket,id={name},path={quote(path)},server=on,wait=off"
+
+
+def quote(value: str) -> str:
+    """Return a value as QEMU's option parser wants it: commas doubled."""
+    return value.replace(",", ",,")

@@ -1,0 +1,98 @@
+"""The files of one machine, all in its state folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbuild.errors import UsageError
+
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+
+
+@dataclass(frozen=True)
+class MachineFiles:
+    """Where everything of one machine lies. The lock lies beside the folder, so that it outlives a `destroy`."""
+
+    folder: Path
+
+    @classmethod
+    def at(cls, state: Path, name: str) -> MachineFiles:
+        """Return the files of a machine by name. Raises UsageError for a name that cannot be one."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} cannot be a machine's name",
+                resolution="Use up to 63 letters, digits, dots, hyphens and underscores, a letter or digit first.",
+            )
+        return cls(state / "machines" / name)
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.folder.name
+
+    @property
+    def lock(self) -> Path:
+        """Held while the machine is started or stopped."""
+        return self.folder.with_name(f"{self.name}.lock")
+
+    @property
+    def disk(self) -> Path:
+        """The machine's own disk, qcow2."""
+        return self.folder / "disk.qcow2"
+
+    @property
+    def seed(self) -> Path:
+        """The tar that tells the guest its keys and name."""
+        return self.folder / "seed.tar"
+
+    @property
+    def facts(self) -> Path:
+        """What the machine was last started as, JSON."""
+        return self.folder / "machine.json"
+
+    @property
+    def pid(self) -> Path:
+        """QEMU's process id, written by QEMU."""
+        return self.folder / "qemu.pid"
+
+    @property
+    def qmp(self) -> Path:
+        """QEMU's monitor socket."""
+        return self.folder / "qmp.sock"
+
+    @property
+    def console(self) -> Path:
+        """The serial console's socket."""
+        return self.folder / "console.sock"
+
+    @property
+    def console_log(self) -> Path:
+        """All that the guest wrote to its serial console since the last start."""
+        return self.folder / "console.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU itself has to say."""
+        return self.folder / "qemu.log"
+
+    @property
+    def client_key(self) -> Path:
+        """The private key that the host logs in with."""
+        return self.folder / "id_ed25519"
+
+    @property
+    def host_key(self) -> Path:
+        """The guest's private host key."""
+        return self.folder / "ssh_host_ed25519_key"
+
+    @property
+    def host_public_key(self) -> Path:
+        """The guest's public host key, which the host pins."""
+        return self.folder / "ssh_host_ed25519_key.pub"
+
+    @property
+    def runtime(self) -> tuple[Path, ...]:
+        """What only a running QEMU has."""
+        return (self.pid, self.qmp, self.console)

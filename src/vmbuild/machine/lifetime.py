@@ -1,0 +1,259 @@
+"""Start, find and stop a machine. What it is now is what its process and QMP say, never a stored flag."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import HostError, MachineError, UsageError, VmbuildError
+from vmbuild.machine import serial
+from vmbuild.machine.argv import qemu_argv
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import Qemu
+from vmbuild.machine.qmp import Qmp
+from vmbuild.model import MIB, MachineSpec, MachineStatus, format_size
+from vmbuild.report import Reporter
+from vmbuild.whole import write_whole
+
+START_S = 60.0
+"""How long QEMU may take to open its monitor: it allocates and loads first."""
+
+ANSWER_S = 10.0
+"""How long a QEMU that runs may take to answer on its monitor."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a machine was last started as; sizes in their units, time in POSIX seconds."""
+
+    uuid: str
+    cpus: int
+    memory_mib: int
+    disk_bytes: int
+    image: str
+    image_digest: str
+    started_at: float
+
+
+@contextmanager
+def lock(files: MachineFiles, report: Reporter) -> Iterator[None]:
+    """Hold a machine's lock: only one command starts or stops it at a time."""
+    files.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    held = FileLock(files.lock)
+    try:
+        held.acquire(blocking=False)
+    except TimeoutError:
+        report.step(f"Waiting for another vmbuild that works on the machine {files.name}")
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> None:
+    """Make the machine's folder and disk, or grow the disk. Never shrinks it: UsageError when that was asked."""
+    files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not files.disk.exists():
+        part = files.disk.with_name("disk.part")
+        process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(part), str(spec.disk_bytes)])
+        part.replace(files.disk)
+        return
+    size = disk_size(files)
+    if spec.disk_bytes < size and explicit_disk:
+        raise UsageError(
+            f"the disk of the machine {spec.name} is {format_size(size)} large and cannot shrink",
+            resolution=f"Ask for more, or make a new one: `vmbuild destroy {spec.name}` (what is on it is lost).",
+        )
+    if spec.disk_bytes > size and explicit_disk:
+        process.run(["qemu-img", "resize", "-q", "-f", "qcow2", str(files.disk), str(spec.disk_bytes)])
+
+
+def disk_size(files: MachineFiles) -> int:
+    """Return a disk's virtual size in bytes, as the guest sees it (qcow2's header, bytes 24 to 31)."""
+    with files.disk.open("rb") as disk:
+        return int.from_bytes(disk.read(32)[24:32], "big")
+
+
+def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu) -> None:
+    """Start QEMU, detached from this process and its terminal; return when it answers on its monitor.
+
+    Raises MachineError with QEMU's own words when it does not start.
+    """
+    _clear_runtime(files)
+    if files.console_log.exists():
+        files.console_log.replace(files.console_log.with_suffix(".log.1"))
+    facts = Facts(
+        str(uuid.uuid4()),
+        spec.cpus,
+        spec.memory_mib,
+        disk_size(files),
+        spec.image.name,
+        spec.image.digest,
+        time.time(),
+    )
+    write_whole(files.facts, json.dumps(asdict(facts)).encode())
+    argv = qemu_argv(spec, qemu, files, facts.uuid)
+    exit_code = process.start_detached(argv, cwd=files.folder, log=files.qemu_log)
+    limit = Deadline.after(START_S)
+    while not _answers(files):
+        code = exit_code()
+        if code is not None or limit.passed:
+            raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
+        limit.sleep(0.05)
+
+
+def _answers(files: MachineFiles) -> bool:
+    if not files.qmp.exists():
+        return False
+    try:
+        with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+            return bool(qmp.execute("query-status"))
+    except MachineError:
+        return False
+
+
+def _clear_runtime(files: MachineFiles) -> None:
+    """Remove what a QEMU left that was killed, or that ran before the host was restarted."""
+    for path in files.runtime:
+        path.unlink(missing_ok=True)
+
+
+def _explain(spec: MachineSpec, argv: list[str], code: int | None, words: str) -> MachineError:
+    causes = (
+        ("cannot set up guest memory", f"The host cannot give {spec.memory_mib} MiB: ask for less with --memory."),
+        ("Cannot allocate memory", f"The host cannot give {spec.memory_mib} MiB: ask for less with --memory."),
+        ("No space left", "The host's disk is full: make room and run the command again."),
+        ('Failed to get "write" lock', "Another QEMU uses the machine's disk: end it, then run `vmbuild up` again."),
+        ("Failed to find an available port", "Close the program that holds the port, or run the command again."),
+    )
+    advice = next((text for sign, text in causes if sign in words), "`vmbuild doctor` checks this host.")
+    ending = "it did not answer in time" if code is None else f"exit code {code}"
+    return MachineError(
+        "QEMU did not start", details=f"{words.strip()}\n{ending}\n$ {shlex.join(argv)}", resolution=advice
+    )
+
+
+def load_facts(files: MachineFiles) -> Facts | None:
+    """Return what the machine was last started as, None when it never was."""
+    try:
+        return Facts(**json.loads(files.facts.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def find_pid(files: MachineFiles, facts: Facts | None) -> int | None:
+    """Return the id of the machine's QEMU: the process in its pid file, if it is ours and alive."""
+    try:
+        pid = int(files.pid.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    ours = facts is not None and facts.uuid in process.command_line(pid) and process.is_alive(pid)
+    return pid if ours else None
+
+
+def status(files: MachineFiles) -> MachineStatus:
+    """Return what the machine is now: `running`, `paused`, `stopped`, or `broken` (QEMU is there but silent)."""
+    facts = load_facts(files)
+    pid = find_pid(files, facts)
+    state, port = _ask(files) if pid is not None else ("stopped", None)
+    disk = files.disk.stat() if files.disk.exists() else None
+    return MachineStatus(
+        name=files.name,
+        state=state,
+        pid=pid,
+        ssh_port=port,
+        cpus=facts.cpus if facts else None,
+        memory_mib=facts.memory_mib if facts else None,
+        disk_virtual_bytes=disk_size(files) if disk else None,
+        disk_actual_bytes=disk.st_blocks * 512 if disk else None,
+        image=facts.image if facts else None,
+        image_digest=facts.image_digest if facts else None,
+        rss_bytes=process.rss_bytes(pid) if pid is not None else None,
+        started_at=facts.started_at if facts and pid is not None else None,
+        folder=files.folder,
+    )
+
+
+def _ask(files: MachineFiles) -> tuple[str, int | None]:
+    try:
+        with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+            running = qmp.execute("query-status")["running"]
+            return ("running" if running else "paused"), parse_ssh_port(qmp.hmp("info usernet"))
+    except MachineError:
+        return "broken", None
+
+
+def parse_ssh_port(usernet: str) -> int | None:
+    """Return the host's port that is forwarded to the guest's 22, from the table of `info usernet`."""
+    for line in usernet.splitlines():
+        words = line.split()
+        # TCP[HOST_FORWARD]  FD  127.0.0.1 PORT  10.0.2.15 22  0 0
+        if words and words[0] == "TCP[HOST_FORWARD]" and words[5] == "22":
+            return int(words[3])
+    return None
+
+
+def resume(files: MachineFiles) -> None:
+    """Let a paused machine go on. Raises HostError when the host's disk is full, which is why QEMU pauses one."""
+    with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+        if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < 64 * MIB:
+            raise HostError(
+                f"the machine {files.name} is paused because the host's disk is full",
+                resolution=f"Make room in {files.folder} and run `vmbuild up` again: nothing is lost.",
+            )
+        qmp.execute("cont")
+
+
+def check_alive(files: MachineFiles) -> None:
+    """Raise MachineError with the console's last lines when the machine's QEMU is gone."""
+    if find_pid(files, load_facts(files)) is None:
+        raise MachineError(
+            f"the machine {files.name} is not running",
+            details=serial.tail(files.console_log),
+            resolution="The lines above are its console's last; `vmbuild up` starts it.",
+        )
+
+
+def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[], None] | None = None) -> None:
+    """End the machine: ask the guest, then QEMU, then terminate, then kill, each with a limit. Twice is harmless.
+
+    `ask` powers the guest off and may fail: it is only the kindest way.
+    """
+    pid = find_pid(files, load_facts(files))
+    if pid is not None and ask is not None:
+        with suppress(VmbuildError):
+            ask()
+            process.wait_gone(pid, deadline)
+    if pid is not None and process.is_alive(pid):
+        with suppress(MachineError), Qmp(files.qmp, Deadline.after(3)) as qmp:
+            qmp.execute("quit")
+        if not process.wait_gone(pid, Deadline.after(5)):
+            process.stop(pid)
+    _clear_runtime(files)
+
+
+def destroy(files: MachineFiles) -> None:
+    """Delete a stopped machine. Raises MachineError when it runs."""
+    if find_pid(files, load_facts(files)) is not None:
+        raise MachineError(f"the machine {files.name} is running", resolution="Stop it first: `vmbuild down`.")
+    doomed = files.folder.with_name(f".{files.name}.{uuid.uuid4().hex}")
+    files.folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def list_machines(state: Path) -> list[MachineStatus]:
+    """Return what every machine of a state folder is now, by name."""
+    folders = [path for path in (state / "machines").glob("*") if path.is_dir() and not path.name.startswith(".")]
+    return [status(MachineFiles(folder)) for folder in sorted(folders)]

@@ -1,0 +1,118 @@
+"""What a QEMU binary can do, found out by asking it, never by its version string."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import HostError
+from vmbuild.model import Arch
+from vmbuild.whole import write_whole
+
+BINARIES = {Arch.ARM64: "qemu-system-aarch64", Arch.ARMHF: "qemu-system-arm"}
+HOST_MACHINES = {Arch.ARM64: ("aarch64", "arm64"), Arch.ARMHF: ("armv7l",)}
+PROBE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """A QEMU binary: its path, its machine types, and what of it works on this host.
+
+    `accel` is `tcg`, `kvm` or `hvf`; `aio` is `io_uring` or `threads`.
+    """
+
+    binary: str
+    machine_types: tuple[str, ...]
+    cpu_models: tuple[str, ...]
+    accel: str
+    aio: str
+    sandbox: bool
+
+    def newest(self, family: str) -> str:
+        """Return the newest versioned machine type of a family, such as `virt-10.0` of `virt`.
+
+        A versioned type restores across QEMU versions, the bare family does not promise to (QEMU's documentation).
+        Raises HostError when the binary has none.
+        """
+        pattern = re.compile(re.escape(family) + r"-(\d+)\.(\d+)")
+        found = [(tuple(map(int, m.groups())), name) for name in self.machine_types if (m := pattern.fullmatch(name))]
+        if not found:
+            raise HostError(f"{self.binary} has no machine type {family}-N.M", resolution="Install QEMU 7.2 or newer.")
+        return max(found)[1]
+
+
+def probe(arch: Arch, cache: Path) -> Qemu:
+    """Return what this host's QEMU for an architecture can do. Raises HostError when it is not installed.
+
+    The answers are kept in the cache for as long as binary and kernel stay what they are.
+    """
+    binary = Path(process.find_program(BINARIES[arch])).resolve()
+    facts = binary.stat()
+    key = f"{binary.name}-{facts.st_size}-{facts.st_mtime_ns}-{platform.release()}-{int(_can_open_kvm())}"
+    note = cache / "qemu" / f"{key}.json"
+    try:
+        kept: dict[str, Any] = json.loads(note.read_text())
+        if kept["binary"] == str(binary):
+            kept.update({name: tuple(kept[name]) for name in ("machine_types", "cpu_models")})
+            return Qemu(**kept)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # never asked, or asked by another vmbuild: ask
+    qemu = _ask(str(binary), arch)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(note, json.dumps(asdict(qemu)).encode())
+    return qemu
+
+
+def _ask(binary: str, arch: Arch) -> Qemu:
+    return Qemu(
+        binary,
+        machine_types=_first_words(_help(binary, "-machine", "help")),
+        cpu_models=_first_words(_help(binary, "-machine", "virt", "-cpu", "help")),
+        accel=_accel(arch, _help(binary, "-accel", "help").split()),
+        aio="io_uring" if _io_uring_works(binary) else "threads",
+        sandbox="-sandbox on" in _help(binary, "-help"),
+    )
+
+
+def _help(binary: str, *args: str) -> str:
+    return process.run([binary, *args], deadline=Deadline.after(PROBE_S)).decode(errors="replace")
+
+
+def _first_words(text: str) -> tuple[str, ...]:
+    return tuple(line.split()[0] for line in text.splitlines() if line.strip())
+
+
+def _accel(arch: Arch, accelerators: list[str]) -> str:
+    if platform.machine() in HOST_MACHINES[arch]:
+        if "kvm" in accelerators and _can_open_kvm():
+            return "kvm"
+        if "hvf" in accelerators and sys.platform == "darwin":
+            return "hvf"
+    return "tcg"
+
+
+def _can_open_kvm() -> bool:
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def _io_uring_works(binary: str) -> bool:
+    """Try: io_uring may be compiled out, or forbidden by a container's seccomp filter."""
+    with tempfile.NamedTemporaryFile(prefix="vmbuild-") as disk:
+        disk.truncate(64 * 1024)
+        argv = [binary, "-machine", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+        argv += ["-blockdev", f"driver=file,node-name=probe,aio=io_uring,filename={disk.name}"]
+        talk = b'{"execute":"qmp_capabilities"}{"execute":"quit"}'
+        try:
+            process.run(argv, stdin=talk, deadline=Deadline.after(PROBE_S))
+        except HostError:
+            return False
+        return True
