@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -212,9 +213,9 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
             return docker.import_image(session, work, base_image.feed_layer(plan), spec.repo_tag, platform)
 
 
-def run_in_guest(request: MachineRequest, argv: Sequence[str], home: Home, report: Reporter) -> int:  # noqa: ARG001
-    """Run a command in the guest with this terminal's input and output, or a shell; return its exit code."""
-    with running_session(request.name, home) as session:
+def run_in_guest(name: str, argv: Sequence[str], home: Home) -> int:
+    """Run a command in the guest on this process's terminal or pipes, or a shell; return its exit code."""
+    with running_session(name, home) as session:
         return terminal.attach(session, argv)
 
 
@@ -279,3 +280,32 @@ def console(name: str, home: Home) -> None:
 def logs(name: str, home: Home, lines: int, follow: bool) -> Iterator[str]:
     """Yield the last lines of the console's log, then, with `follow`, each new one."""
     return serial.follow(_existing(name, home).console_log, lines, follow)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A guest image of the catalogue; digest and size only where it is assembled already."""
+
+    name: str
+    kind: str
+    arch: str
+    description: str
+    digest: str | None
+    size_bytes: int | None
+    origin: Path
+
+
+def list_images(home: Home) -> list[ImageRow]:
+    """Return every guest image of the catalogue, and what of it is in the cache."""
+    rows = []
+    for spec in catalog.list_images():
+        found = store.find(spec, home.cache)
+        digest, size = (found.digest, found.size_bytes) if found else (None, None)
+        origin = spec.folder / f"{spec.name}.toml"
+        rows.append(ImageRow(spec.name, spec.kind, str(spec.arch), spec.description, digest, size, origin))
+    return rows
+
+
+def verify_images(home: Home) -> list[store.Check]:
+    """Hash every cached guest image again."""
+    return store.verify(home.cache)

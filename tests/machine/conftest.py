@@ -63,7 +63,7 @@ class Cli:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, *args: str, stdin: bytes = b"", cwd: Path | None = None, timeout_s: float = 600, **env: str) -> Done:
+    def run(self, *args: str, stdin: bytes = b"", cwd: Path | None = None, **env: str) -> Done:
         """Run the program to its end, whatever its exit code."""
         done = subprocess.run(
             [str(CLI), *args],
@@ -72,7 +72,7 @@ class Cli:
             input=stdin,
             capture_output=True,
             check=False,
-            timeout=timeout_s,
+            timeout=600,
         )
         return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 

@@ -54,7 +54,19 @@ def assemble(
     (folder / "initrd").write_bytes(_initramfs(spec, files, _busybox(packages, downloads)))
     report.step("Writing the root file system")
     with process.feed(
-        ["sqfstar", "-comp", "lz4", "-b", "128K", "-no-xattrs", "-quiet", "-no-progress", str(folder / "root.squashfs")]
+        [
+            "sqfstar",
+            "-comp",
+            "lz4",
+            "-b",
+            "128K",
+            "-root-mode",
+            "0755",
+            "-no-xattrs",
+            "-quiet",
+            "-no-progress",
+            str(folder / "root.squashfs"),
+        ]
     ) as pipe:
         tree = TreeWriter(pipe)
         for entry in _own_entries(spec, packages, downloads, files):

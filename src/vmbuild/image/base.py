@@ -54,6 +54,7 @@ def write_base(
     """Write the tree as a tar stream; `sources` becomes its apt sources. Raises GuestImageError for a bad package."""
     tree = TreeWriter(out)
     database = Database()
+    tree.add_folder(".")  # else the root would have the mode of the private folder that it is unpacked in
     tree.add_file(File("etc/apt/sources.list.d/debian.sources", sources.encode()))
     for file in _slim_settings(spec):
         tree.add_file(file)

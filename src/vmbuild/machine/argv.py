@@ -17,30 +17,32 @@ class Row:
     """What is particular to an architecture."""
 
     machine_options: str
-    pci: str = "-pci"
+    kvm_options: str
 
 
 ROWS = {
     # GICv2 allows 8 CPUs, GICv3 512.
-    Arch.ARM64: Row("gic-version=3"),
+    # KVM has the host's only: a Raspberry Pi 4 has GICv2.
+    Arch.ARM64: Row("gic-version=3", kvm_options="gic-version=host"),
     # Above 3 GiB an armv7 guest needs the high memory region, and a kernel with LPAE.
-    Arch.ARMHF: Row("highmem=on"),
+    Arch.ARMHF: Row("highmem=on", kvm_options="highmem=on"),
 }
 
 
 def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> list[str]:
     """Return the argv that starts a machine in its folder: sockets are named relative to it.
 
-    Not -daemonize: it calls setsid, which the sandbox's elevateprivileges=deny kills (QEMU 10.0).
+    Not -daemonize: the sandbox comes first, and spawn=deny and elevateprivileges=deny each kill it (QEMU 10.0).
     """
     row, image = ROWS[spec.image.arch], spec.image
+    options = row.kvm_options if qemu.accel == "kvm" else row.machine_options
     argv = [
         *(qemu.binary, "-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none"),
         *("-name", f"guest=vmbuild-{spec.name}"),
         *("-uuid", uuid),
         *("-pidfile", files.pid.name),
-        *("-machine", f"{qemu.newest(image.machine_type)},{row.machine_options}"),
+        *("-machine", f"{qemu.newest(image.machine_type)},{options}"),
         *("-accel", _accel(spec, qemu)),
         *("-cpu", image.cpu_model if qemu.accel == "tcg" else "host"),
         *("-smp", str(spec.cpus)),

@@ -34,8 +34,8 @@ class MachineFiles:
 
     @property
     def lock(self) -> Path:
-        """Held while the machine is started or stopped."""
-        return self.folder.with_name(f"{self.name}.lock")
+        """Held while the machine is started or stopped. The dot in front keeps it apart from a machine `NAME.lock`."""
+        return self.folder.with_name(f".{self.name}.lock")
 
     @property
     def disk(self) -> Path:

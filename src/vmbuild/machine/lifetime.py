@@ -32,6 +32,9 @@ START_S = 60.0
 ANSWER_S = 10.0
 """How long a QEMU that runs may take to answer on its monitor."""
 
+QUIT_S = 5.0
+"""How long each rude way to end QEMU may take before a ruder one is tried."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -48,11 +51,12 @@ class Facts:
 
 @contextmanager
 def lock(files: MachineFiles, report: Reporter) -> Iterator[None]:
-    """Hold a machine's lock: only one command starts or stops it at a time."""
-    files.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Hold a machine's lock: only one command starts or stops it at a time. Raises HostError."""
     held = FileLock(files.lock)
     try:
-        held.acquire(blocking=False)
+        with _writing_in(files.lock.parent):
+            files.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            held.acquire(blocking=False)
     except TimeoutError:
         report.step(f"Waiting for another vmbuild that works on the machine {files.name}")
         held.acquire()
@@ -62,9 +66,24 @@ def lock(files: MachineFiles, report: Reporter) -> Iterator[None]:
         held.release()
 
 
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    """Say what the host's file system refuses as a HostError."""
+    try:
+        yield
+    except TimeoutError:  # an OSError too, and not about files
+        raise
+    except OSError as error:
+        raise HostError(
+            f"cannot write in {folder}: {error.strerror or error}",
+            resolution=f"Make room in {folder}, or see to it that you may write there.",
+        ) from error
+
+
 def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> None:
     """Make the machine's folder and disk, or grow the disk. Never shrinks it: UsageError when that was asked."""
-    files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _writing_in(files.folder):
+        files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not files.disk.exists():
         part = files.disk.with_name("disk.part")
         process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(part), str(spec.disk_bytes)])
@@ -105,13 +124,18 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu) -> None:
     )
     write_whole(files.facts, json.dumps(asdict(facts)).encode())
     argv = qemu_argv(spec, qemu, files, facts.uuid)
-    exit_code = process.start_detached(argv, cwd=files.folder, log=files.qemu_log)
+    with _writing_in(files.folder):
+        exit_code = process.start_detached(argv, cwd=files.folder, log=files.qemu_log)
     limit = Deadline.after(START_S)
-    while not _answers(files):
-        code = exit_code()
-        if code is not None or limit.passed:
-            raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
-        limit.sleep(0.05)
+    try:
+        while not _answers(files):
+            code = exit_code()
+            if code is not None or limit.passed:
+                raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
+            limit.sleep(0.05)
+    except BaseException:  # Ctrl-C included: a QEMU that nobody has seen answer is not left behind
+        stop(files, Deadline.after(0))
+        raise
 
 
 def _answers(files: MachineFiles) -> bool:
@@ -125,7 +149,13 @@ def _answers(files: MachineFiles) -> bool:
 
 
 def _clear_runtime(files: MachineFiles) -> None:
-    """Remove what a QEMU left that was killed, or that ran before the host was restarted."""
+    """Remove what a QEMU left that was killed, or that ran before the host was restarted.
+
+    Raises MachineError when this machine's QEMU lives: without these files nobody would find it again.
+    """
+    pid = find_pid(files, load_facts(files))
+    if pid is not None:
+        raise MachineError(f"the machine {files.name} still runs", details=f"process {pid}")
     for path in files.runtime:
         path.unlink(missing_ok=True)
 
@@ -136,7 +166,8 @@ def _explain(spec: MachineSpec, argv: list[str], code: int | None, words: str) -
         ("Cannot allocate memory", f"The host cannot give {spec.memory_mib} MiB: ask for less with --memory."),
         ("No space left", "The host's disk is full: make room and run the command again."),
         ('Failed to get "write" lock', "Another QEMU uses the machine's disk: end it, then run `vmbuild up` again."),
-        ("Failed to find an available port", "Close the program that holds the port, or run the command again."),
+        ("Could not set up host forwarding", "No port of 127.0.0.1 could be opened: close programs that hold many."),
+        ("io_uring", "This host forbids io_uring: delete the folder `qemu` in the cache and run the command again."),
     )
     advice = next((text for sign, text in causes if sign in words), "`vmbuild doctor` checks this host.")
     ending = "it did not answer in time" if code is None else f"exit code {code}"
@@ -200,7 +231,7 @@ def parse_ssh_port(usernet: str) -> int | None:
     for line in usernet.splitlines():
         words = line.split()
         # TCP[HOST_FORWARD]  FD  127.0.0.1 PORT  10.0.2.15 22  0 0
-        if words and words[0] == "TCP[HOST_FORWARD]" and words[5] == "22":
+        if len(words) > 5 and words[0] == "TCP[HOST_FORWARD]" and words[5] == "22":
             return int(words[3])
     return None
 
@@ -237,10 +268,10 @@ def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[], None] | N
             ask()
             process.wait_gone(pid, deadline)
     if pid is not None and process.is_alive(pid):
-        with suppress(MachineError), Qmp(files.qmp, Deadline.after(3)) as qmp:
+        with suppress(MachineError), Qmp(files.qmp, Deadline.after(QUIT_S)) as qmp:
             qmp.execute("quit")
-        if not process.wait_gone(pid, Deadline.after(5)):
-            process.stop(pid)
+        if not process.wait_gone(pid, Deadline.after(QUIT_S)):
+            process.stop(pid, grace_s=QUIT_S)
     _clear_runtime(files)
 
 

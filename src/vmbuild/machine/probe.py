@@ -22,6 +22,9 @@ BINARIES = {Arch.ARM64: "qemu-system-aarch64", Arch.ARMHF: "qemu-system-arm"}
 HOST_MACHINES = {Arch.ARM64: ("aarch64", "arm64"), Arch.ARMHF: ("armv7l",)}
 PROBE_S = 30.0
 
+KERNEL_RULES = (Path("/proc/sys/kernel/io_uring_disabled"), Path("/proc/self/status"))
+"""Where Linux says whether io_uring and system calls are restricted (sysctl io_uring_disabled, line Seccomp)."""
+
 
 @dataclass(frozen=True)
 class Qemu:
@@ -53,11 +56,13 @@ class Qemu:
 def probe(arch: Arch, cache: Path) -> Qemu:
     """Return what this host's QEMU for an architecture can do. Raises HostError when it is not installed.
 
-    The answers are kept in the cache for as long as binary and kernel stay what they are.
+    The answers are kept in the cache for as long as binary, kernel and the container's rules stay what they are.
+    Raises HostError too when QEMU was built without what a machine needs.
     """
     binary = Path(process.find_program(BINARIES[arch])).resolve()
     facts = binary.stat()
-    key = f"{binary.name}-{facts.st_size}-{facts.st_mtime_ns}-{platform.release()}-{int(_can_open_kvm())}"
+    host = f"{platform.release()}-{_kernel_rules()}{int(_can_open_kvm())}"
+    key = f"{binary.name}-{facts.st_size}-{facts.st_mtime_ns}-{host}"
     note = cache / "qemu" / f"{key}.json"
     try:
         kept: dict[str, Any] = json.loads(note.read_text())
@@ -73,6 +78,11 @@ def probe(arch: Arch, cache: Path) -> Qemu:
 
 
 def _ask(binary: str, arch: Arch) -> Qemu:
+    if "user" not in _help(binary, "-machine", "none", "-netdev", "help").split():
+        raise HostError(
+            f"{binary} has no user-mode network",
+            resolution="Install your distribution's QEMU, or build QEMU with libslirp (--enable-slirp).",
+        )
     return Qemu(
         binary,
         machine_types=_first_words(_help(binary, "-machine", "help")),
@@ -101,7 +111,18 @@ def _accel(arch: Arch, accelerators: list[str]) -> str:
 
 
 def _can_open_kvm() -> bool:
-    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+    """Try: a container may see the device, with the right mode, and not be allowed to open it."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _kernel_rules() -> str:
+    """Return what decides, beside the kernel, whether io_uring works: a cache may be shared with a container."""
+    text = "".join(path.read_text() for path in KERNEL_RULES if path.exists())
+    return "".join(re.findall(r"^(?:Seccomp:\s*)?(\d+)$", text, re.MULTILINE))
 
 
 def _io_uring_works(binary: str) -> bool:

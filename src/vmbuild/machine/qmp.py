@@ -30,7 +30,7 @@ class Qmp:
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vmbuild")
         try:
-            self._wait(self._client.connect(connect_unix(path)))
+            self._wait(self._client.connect(connect_unix(path, deadline)))
         except (OSError, ConnectError, TimeoutError) as error:
             self._loop.close()
             raise MachineError("QEMU's monitor does not answer", details=f"{path}: {error}") from error
@@ -65,10 +65,14 @@ class Qmp:
         return self._loop.run_until_complete(asyncio.wait_for(work, self._deadline.remaining_s()))
 
 
-def connect_unix(path: Path) -> socket.socket:
-    """Return a socket connected to a Unix socket, however long its path. Raises OSError."""
+def connect_unix(path: Path, deadline: Deadline) -> socket.socket:
+    """Return a blocking socket connected to a Unix socket, however long its path. Raises OSError.
+
+    The deadline counts here too: with others in the queue of a monitor, connecting itself blocks.
+    """
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        client.settimeout(max(deadline.remaining_s(), 0.001))  # zero would mean: do not block at all
         if len(str(path).encode()) < MAX_SOCKET_PATH:
             client.connect(str(path))
         else:
@@ -76,6 +80,7 @@ def connect_unix(path: Path) -> socket.socket:
                 link = Path(short) / "m"
                 link.symlink_to(path.parent)
                 client.connect(str(link / path.name))
+        client.settimeout(None)
     except BaseException:
         client.close()
         raise

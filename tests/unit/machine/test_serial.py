@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pexpect
@@ -32,7 +33,7 @@ class Console:
 
     def _repeat(self) -> None:
         client, _ = self._server.accept()
-        with client:
+        with client, suppress(ConnectionError):
             while data := client.recv(4096):
                 self.typed += data
                 client.sendall(b"<" + data.strip() + b">")
@@ -72,10 +73,9 @@ def test_following_shows_whole_lines_as_they_come(tmp_path: Path) -> None:
     log.write_text("old\n")
     lines = serial.follow(log, 1, wait=True)
     assert next(lines) == "old"
-    with log.open("a") as file:
+    with log.open("a", buffering=1) as file:
         file.write("new")
-        file.flush()
-        writer = threading.Timer(0.3, lambda: (file.write(" line\n"), file.flush()))
+        writer = threading.Timer(0.3, file.write, [" line\n"])
         writer.start()
         assert next(lines) == "new line"
         writer.join()

@@ -1,0 +1,384 @@
+"""The commands, and the one place where an exception becomes an exit code.
+
+Heavy modules (paramiko, requests, rich, qemu) are imported inside the commands: `vmbuild --help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from vmbuild import settings as s
+from vmbuild.errors import EXIT_CODES, INTERRUPTED, GuestImageError, HostError, UsageError, VmbuildError
+from vmbuild.model import BuildRequest, MachineStatus, format_size
+from vmbuild.settings import Settings, machine_options
+
+if TYPE_CHECKING:
+    from vmbuild.ui import TerminalReporter
+
+F = TypeVar("F", bound=Callable[..., Any])
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+start_options = machine_options(*s.COMMAND_LINE)
+name_option = machine_options("name")
+name_argument = click.argument("positional", metavar="[NAME]", required=False)
+
+
+class Commands(click.Group):
+    """The group: commands in the order in which people meet them, exit codes below them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
+
+
+@click.group(cls=Commands, context_settings=HELP)
+@click.version_option(package_name="vmbuild", prog_name="vmbuild")
+def app() -> None:
+    """Build ARM container images on x86 hosts, in a full virtual machine."""
+
+
+def _settings(flags: dict[str, Any], positional: str | None = None) -> Settings:
+    if positional is not None and flags.get("name") not in (None, positional):
+        raise UsageError(f"two names: {positional} and {flags['name']}", resolution="Give one.")
+    given = {**flags, "name": positional or flags.get("name")}
+    return s.resolve(given, os.environ, Path.cwd())
+
+
+def _reporter(*, quiet: bool = False) -> TerminalReporter:
+    from vmbuild.ui import TerminalReporter
+
+    return TerminalReporter(quiet=quiet)
+
+
+def _describe(status: MachineStatus) -> str:
+    size = format_size((status.memory_mib or 0) * 1024 * 1024)
+    return f"{status.cpus} CPUs, {size}, ssh 127.0.0.1:{status.ssh_port}"
+
+
+@app.command()
+@start_options
+@as_json
+def up(as_json: bool, **flags: Any) -> None:
+    """Start the machine, or find it running; return when Docker answers."""
+    from vmbuild import build, ui
+
+    found = _settings(flags)
+    status = build.up(found.as_request(), found.home(), _reporter())
+    if as_json:
+        ui.print_json(status)
+    else:
+        ui.say(f"The machine {status.name} is ready ({_describe(status)}).")
+
+
+@app.command("build")
+@click.argument("context", metavar="PATH|-|URL", default=".")
+@click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Name of the container image; repeatable.")
+@click.option("-f", "--file", "dockerfile", metavar="FILE", help="The Dockerfile; - reads it from standard input.")
+@click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]", help="A build argument; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
+@click.option("--target", metavar="STAGE", help="Build this stage and stop.")
+@click.option("--platform", default="linux/arm64", show_default=True, help="The platform to build for.")
+@click.option("--no-cache", is_flag=True, help="Do not use the build cache.")
+@click.option("--pull", is_flag=True, help="Ask the registry for newer base images.")
+@click.option("--progress", type=click.Choice(["auto", "plain", "tty", "rawjson"]), default="auto", show_default=True)
+@click.option("-o", "--output", metavar="FILE|-", help="Write the container image as a docker archive; - is stdout.")
+@click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
+@click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
+@start_options
+@as_json
+def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> None:
+    """Build a container image in the machine, starting it when it does not run."""
+    from vmbuild import build, ui
+
+    job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
+    job = {key: flags.pop(key) for key in job_keys}
+    _check_job(job)
+    found = _settings(flags)
+    terminal = _terminal(progress, quiet)
+    request = BuildRequest(
+        **{**job, "build_args": tuple(map(_from_environment, job["build_args"]))},
+        progress="plain" if progress == "auto" and terminal is None else progress,
+        terminal=terminal,
+        quiet=quiet,
+    )
+    reporter = _reporter(quiet=quiet)
+    streams = {"stdin": sys.stdin.buffer, "stdout": sys.stdout.buffer}
+    result = build.build(found.as_request(), request, found.home(), reporter, **streams)
+    if as_json:
+        ui.print_json(result)
+    elif quiet and request.output != "-":
+        click.echo(result.image_id)
+    elif not quiet:
+        wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if request.output else ""
+        ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
+
+
+def _check_job(job: dict[str, Any]) -> None:
+    if job["output"] == "-" and sys.stdout.isatty():
+        raise UsageError("cannot write an archive to a terminal", resolution="Use -o FILE, or redirect.")
+    if job["platform"] not in ("linux/arm64", "linux/arm64/v8"):
+        raise UsageError(f"this machine does not build for {job['platform']}", resolution="Use linux/arm64.")
+    if job["context"] == "-" and job["dockerfile"] == "-":
+        raise UsageError("standard input cannot be both the context and the Dockerfile")
+
+
+def _from_environment(argument: str) -> str:
+    """Return KEY=VALUE for a bare KEY, taken from the host's environment as docker does."""
+    return argument if "=" in argument or argument not in os.environ else f"{argument}={os.environ[argument]}"
+
+
+def _terminal(progress: str, quiet: bool) -> tuple[int, int] | None:
+    if progress == "tty" or (progress == "auto" and not quiet and sys.stderr.isatty()):
+        size = os.get_terminal_size(sys.stderr.fileno()) if sys.stderr.isatty() else os.terminal_size((100, 30))
+        return size.columns, size.lines
+    return None
+
+
+@app.command()
+@click.argument("reference", metavar="DEBIAN:SUITE-slim")
+@click.option("--platform", default="linux/arm64", show_default=True, help="The platform of the base image.")
+@click.option("--force", is_flag=True, help="Make it also when the machine has one by this name.")
+@start_options
+@as_json
+def base(reference: str, platform: str, force: bool, as_json: bool, **flags: Any) -> None:
+    """Make a Debian base image from signed packages, where no registry can be reached."""
+    from vmbuild import build, ui
+
+    found = _settings(flags)
+    reporter = _reporter()
+    identity = build.base(found.as_request(), reference, found.home(), reporter, platform=platform, force=force)
+    if as_json:
+        ui.print_json({"reference": reference, "platform": platform, "image_id": identity})
+    else:
+        ui.say(f"FROM {reference} works now ({identity}).")
+
+
+@app.command()
+@name_argument
+@name_option
+@as_json
+def status(positional: str | None, as_json: bool, **flags: Any) -> None:
+    """Show what the machine is now."""
+    from vmbuild import build, ui
+
+    found = _settings(flags, positional)
+    now = build.status(found["name"], found.home())
+    if as_json:
+        ui.print_json(now)
+        return
+    sizes = {"disk_virtual_bytes", "disk_actual_bytes", "rss_bytes"}
+    rows = [
+        (key.replace("_", " "), format_size(value) if key in sizes and value is not None else value)
+        for key, value in ui.to_data(now).items()
+    ]
+    ui.print_table(("what", "now"), rows)
+
+
+@app.command("list")
+@as_json
+def list_command(as_json: bool) -> None:
+    """List the machines."""
+    from vmbuild import build, ui
+
+    machines = build.list_machines(_settings({}).home())
+    if as_json:
+        ui.print_json(machines)
+        return
+    columns = ("name", "state", "cpus", "memory", "ssh", "image")
+    rows = [(m.name, m.state, m.cpus, f"{m.memory_mib} MiB", m.ssh_port, m.image) for m in machines]
+    ui.print_table(columns, rows)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@name_option
+def ssh(command: Sequence[str], **flags: Any) -> None:
+    """Run COMMAND in the guest, or a shell; ends with its exit code."""
+    from vmbuild import build
+
+    found = _settings(flags)
+    sys.exit(build.run_in_guest(found["name"], command, found.home()))
+
+
+@app.command()
+@name_argument
+@name_option
+def console(positional: str | None, **flags: Any) -> None:
+    """Connect to the serial console; Ctrl-] detaches."""
+    from vmbuild import build
+
+    found = _settings(flags, positional)
+    build.console(found["name"], found.home())
+
+
+@app.command()
+@name_argument
+@name_option
+@click.option("-n", "--lines", default=0, metavar="N", help="Show the last N lines; 0 shows all.")
+@click.option("-f", "--follow", is_flag=True, help="Go on as the guest writes.")
+def logs(positional: str | None, lines: int, follow: bool, **flags: Any) -> None:
+    """Show what the guest wrote to its console."""
+    from vmbuild import build
+
+    found = _settings(flags, positional)
+    for line in build.logs(found["name"], found.home(), lines, follow):
+        click.echo(line)
+
+
+@app.command()
+@name_argument
+@name_option
+def down(positional: str | None, **flags: Any) -> None:
+    """Stop the machine; its disk stays."""
+    from vmbuild import build, ui
+
+    found = _settings(flags, positional)
+    ran = build.down(found["name"], found.home(), _reporter())
+    ui.say(f"The machine {found['name']} {'is down' if ran else 'was not running'}.")
+
+
+@app.command()
+@name_argument
+@name_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def destroy(positional: str | None, yes: bool, **flags: Any) -> None:
+    """Stop the machine and delete it, disk and keys included."""
+    from vmbuild import build, ui
+
+    found = _settings(flags, positional)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("destroy asks before it deletes, and nobody is there", resolution="Add --yes.")
+        click.confirm(f"Delete the machine {found['name']} and all container images on it?", abort=True, err=True)
+    there = build.destroy(found["name"], found.home(), _reporter())
+    ui.say(f"The machine {found['name']} {'is gone' if there else 'does not exist'}.")
+
+
+@app.group(invoke_without_command=True)
+@as_json
+@click.pass_context
+def images(ctx: click.Context, as_json: bool) -> None:
+    """List the guest images: the catalogue, and what is in the cache."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from vmbuild import build, ui
+
+    rows = build.list_images(_settings({}).home())
+    if as_json:
+        ui.print_json(rows)
+        return
+    columns = ("name", "kind", "arch", "cached", "size", "description")
+    cells = []
+    for row in rows:
+        size = format_size(row.size_bytes) if row.size_bytes else None
+        cells.append((row.name, row.kind, row.arch, row.digest and row.digest[:12], size, row.description))
+    ui.print_table(columns, cells)
+
+
+@images.command("verify")
+@as_json
+def images_verify(as_json: bool) -> None:
+    """Hash every cached guest image again."""
+    from vmbuild import build, ui
+
+    checks = build.verify_images(_settings({}).home())
+    if as_json:
+        ui.print_json(checks)
+    else:
+        ui.print_table(("name", "digest", "result"), [(c.name, c.digest[:12], c.problem or "whole") for c in checks])
+    if any(check.problem for check in checks):
+        raise GuestImageError("a guest image in the cache is damaged", resolution="Delete its folder in the cache.")
+
+
+@app.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Check what this host has and lacks."""
+    from vmbuild import ui
+    from vmbuild.doctor import check_host
+
+    checks = check_host(_settings({}).home())
+    if as_json:
+        ui.print_json(checks)
+    else:
+        rows = [("ok" if c.ok else "MISSING", c.name, c.found + (f" - {c.hint}" if c.hint else "")) for c in checks]
+        ui.print_table(("", "what", "found"), rows)
+    if not all(check.ok for check in checks):
+        raise HostError("this host lacks something", resolution="The rows marked MISSING say what to do.")
+
+
+@app.command()
+@start_options
+@as_json
+def config(as_json: bool, **flags: Any) -> None:
+    """Show each setting, its value and where that came from."""
+    from vmbuild import ui
+
+    found = _settings(flags).values
+    if as_json:
+        ui.print_json({key: {"value": value.value, "origin": value.origin} for key, value in found.items()})
+    else:
+        ui.print_table(("setting", "value", "from"), [(key, s.show(v, key), v.origin) for key, v in found.items()])
+
+
+def commands_table() -> str:
+    """Return the commands as a Markdown table."""
+    rows = ["| command | what |", "|---|---|"]
+    for name, command in app.commands.items():
+        rows.append(f"| `vmbuild {name}` | {command.get_short_help_str(200)} |")
+        for sub, each in getattr(command, "commands", {}).items():
+            rows.append(f"| `vmbuild {name} {sub}` | {each.get_short_help_str(200)} |")
+    return "\n".join(rows)
+
+
+def exit_codes_table() -> str:
+    """Return the exit codes as a Markdown table."""
+    return "\n".join(
+        ["| code | meaning |", "|---|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]
+    )
+
+
+def main() -> NoReturn:
+    """Run the program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        app.main(list(argv), prog_name="vmbuild", standalone_mode=False)
+    except VmbuildError as error:
+        from vmbuild import ui
+
+        ui.show_error(error)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return UsageError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; say nothing, and keep Python from saying it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except Exception:
+        traceback.print_exc()
+        click.echo("This is a defect in vmbuild. Please report it with the lines above.", err=True)
+        return VmbuildError.exit_code
+    return 0

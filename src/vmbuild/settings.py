@@ -1,0 +1,257 @@
+"""Every option of a machine, declared once: flag, environment variable, file key, default and help in one row."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import platformdirs
+
+from vmbuild.errors import UsageError
+from vmbuild.model import GIB, MIB, Home, MachineRequest, format_size, parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+PROJECT_FILE = "vmbuild.toml"
+MIN_MEMORY = 256 * MIB
+MAX_CPUS = 512
+"""What GICv3 on QEMU's virt machine allows (QEMU, hw/arm/virt.c)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option. `parse` raises UsageError or ValueError; `trusted_only` keys are not taken from a project's file."""
+
+    key: str
+    metavar: str
+    help: str
+    default: Callable[[], str]
+    default_text: str
+    parse: Callable[[str], Any]
+    trusted_only: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The command-line option."""
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        """The environment variable."""
+        return "VMBUILD_" + self.key.upper()
+
+
+@dataclass(frozen=True)
+class Value:
+    """A setting's value, the text it was read from, and where that came from."""
+
+    value: Any
+    text: str
+    origin: str
+
+
+def _parse_cpus(text: str) -> int:
+    cpus = int(text)
+    if not 1 <= cpus <= MAX_CPUS:
+        raise UsageError(f"{cpus} is not a number of CPUs", resolution=f"Choose 1 to {MAX_CPUS}.")
+    return cpus
+
+
+def _parse_memory(text: str) -> int:
+    memory = parse_size(text)
+    if memory < MIN_MEMORY:
+        raise UsageError(f"{text} of memory is too little for Docker", resolution="Give 256M or more.")
+    return memory
+
+
+def _parse_disk(text: str) -> int:
+    size = parse_size(text)
+    if size < GIB:
+        raise UsageError(f"a disk of {text} is too small for Docker", resolution="Give 1G or more; it is sparse.")
+    return size // MIB * MIB
+
+
+def _parse_seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    seconds = float(number) * unit
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+def _parse_url(text: str) -> str:
+    if text != "auto" and not text.startswith(("http://", "https://")):
+        raise UsageError(f"{text!r} is not a mirror", resolution="Give an http or https URL, or auto.")
+    return text.rstrip("/")
+
+
+def _parse_folder(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _host_cpus() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return str(min(usable, MAX_CPUS))
+
+
+def _host_memory() -> str:
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return f"{max(512, min(4096, half // MIB))}M"
+
+
+SETTINGS = (
+    Setting("name", "NAME", "The machine's name.", lambda: "default", "default", str),
+    Setting("cpus", "N", "Virtual CPUs of the machine.", _host_cpus, "all of the host's", _parse_cpus),
+    Setting("memory", "SIZE", "Memory of the machine.", _host_memory, "half the host's, up to 4G", _parse_memory),
+    Setting("disk", "SIZE", "Disk of the machine, sparse; can grow, never shrink.", lambda: "40G", "40G", _parse_disk),
+    Setting("image", "IMAGE", "Guest image.", lambda: "debian-13-arm64", "debian-13-arm64", str),
+    Setting("timeout", "TIME", "How long to wait until Docker answers.", lambda: "300s", "300s", _parse_seconds),
+    Setting(
+        *("mirror", "URL", "Debian mirror to fetch packages from.", lambda: "auto"),
+        *("auto: the one this host's apt uses, else the catalogue's", _parse_url, True),
+    ),
+    Setting(
+        *("security_mirror", "URL", "Debian security mirror.", lambda: "auto"),
+        *("auto, as for the mirror", _parse_url, True),
+    ),
+    Setting(
+        *(
+            "cache_dir",
+            "FOLDER",
+            "Guest images and downloads; may be deleted.",
+            lambda: platformdirs.user_cache_dir("vmbuild"),
+        ),
+        *("the user's cache folder", _parse_folder, True),
+    ),
+    Setting(
+        *("state_dir", "FOLDER", "The machines: disks, keys, logs.", lambda: platformdirs.user_state_dir("vmbuild")),
+        *("the user's state folder", _parse_folder, True),
+    ),
+)
+BY_KEY = {setting.key: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting's value and origin."""
+
+    values: Mapping[str, Value]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key].value
+
+    def as_request(self) -> MachineRequest:
+        """Return the machine that these settings ask for."""
+        return MachineRequest(
+            name=self["name"],
+            cpus=self["cpus"],
+            memory_mib=self["memory"] // MIB,
+            disk_bytes=self["disk"],
+            image=self["image"],
+            mirror=self["mirror"],
+            security_mirror=self["security_mirror"],
+            timeout_s=self["timeout"],
+            given=frozenset(key for key, value in self.values.items() if value.origin != "default"),
+        )
+
+    def home(self) -> Home:
+        """Return where vmbuild keeps things."""
+        return Home(self["cache_dir"], self["state_dir"])
+
+
+def resolve(
+    flags: Mapping[str, str | None], env: Mapping[str, str], cwd: Path, user_config: Path | None = None
+) -> Settings:
+    """Return every setting: flag, else environment, else project file, else user's file, else default.
+
+    Raises UsageError, naming the place, for a key nobody knows or a value that makes no sense.
+    """
+    user_config = user_config or Path(platformdirs.user_config_dir("vmbuild")) / "config.toml"
+    project = find_project_file(cwd)
+    files = [(path, _read_file(path)) for path in (project, user_config) if path is not None and path.is_file()]
+    if project is not None:
+        _refuse_untrusted(project, files[0][1])
+    return Settings({setting.key: _choose(setting, flags, env, files) for setting in SETTINGS})
+
+
+def find_project_file(cwd: Path) -> Path | None:
+    """Return the `vmbuild.toml` of this folder or the nearest one above it, None when there is none."""
+    candidates = (folder / PROJECT_FILE for folder in (cwd, *cwd.parents))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_file(path: Path) -> dict[str, str]:
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read {path}", details=str(error)) from error
+    for key in found:
+        if key not in BY_KEY:
+            near = difflib.get_close_matches(key, BY_KEY, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(BY_KEY)}."
+            raise UsageError(f"{path} has a key {key!r} that vmbuild does not know", resolution=hint)
+    return {key: str(value) for key, value in found.items()}
+
+
+def _refuse_untrusted(path: Path, found: Mapping[str, str]) -> None:
+    for key in found:
+        if BY_KEY[key].trusted_only:
+            raise UsageError(
+                f"{path} must not set {key!r}",
+                details="A project's file comes with the project; it may not say where your files go or come from.",
+                resolution=f"Set it in your own configuration file, or as {BY_KEY[key].env}.",
+            )
+
+
+def _choose(
+    setting: Setting, flags: Mapping[str, str | None], env: Mapping[str, str], files: list[tuple[Path, dict[str, str]]]
+) -> Value:
+    flag = flags.get(setting.key)
+    candidates = [(setting.flag, flag), (f"environment {setting.env}", env.get(setting.env) or None)]
+    candidates += [(str(path), found.get(setting.key)) for path, found in files]
+    origin, text = next(((o, t) for o, t in candidates if t is not None), ("default", setting.default()))
+    try:
+        return Value(setting.parse(text), text, origin)
+    except UsageError as error:
+        raise UsageError(f"{error.brief} (from {origin})", resolution=error.resolution) from error
+    except ValueError as error:
+        raise UsageError(
+            f"{text!r} is no value for {setting.key} (from {origin})", resolution=f"{setting.metavar}: {setting.help}"
+        ) from error
+
+
+def machine_options(*keys: str) -> Callable[[F], F]:
+    """Return a decorator that gives a click command the options of these keys."""
+
+    def decorate(command: F) -> F:
+        for key in reversed(keys):
+            setting = BY_KEY[key]
+            text = f"{setting.help} [{setting.env}; default: {setting.default_text}]"
+            command = click.option(setting.flag, setting.key, metavar=setting.metavar, help=text)(command)
+        return command
+
+    return decorate
+
+
+def settings_table() -> str:
+    """Return the settings as a Markdown table."""
+    rows = ["| flag | environment | key | default | what |", "|---|---|---|---|---|"]
+    for setting in SETTINGS:
+        flag = f"`{setting.flag} {setting.metavar}`" if setting.key in COMMAND_LINE else "-"
+        rows.append(f"| {flag} | `{setting.env}` | `{setting.key}` | {setting.default_text} | {setting.help} |")
+    return "\n".join(rows)
+
+
+COMMAND_LINE = ("name", "cpus", "memory", "disk", "image", "timeout", "mirror", "security_mirror")
+"""The settings that are options of `up`, `build` and `base`."""
+
+
+def show(value: Value, key: str) -> str:
+    """Return a value as people read it."""
+    return format_size(value.value) if key in ("memory", "disk") else str(value.value)

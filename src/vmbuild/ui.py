@@ -1,0 +1,165 @@
+"""What a person sees: steps, bars, errors and tables on standard error; facts on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from vmbuild.errors import VmbuildError
+from vmbuild.model import format_size
+from vmbuild.report import Meter
+
+PLAIN_EVERY_S = 5.0
+MAX_DETAIL_LINES = 40
+
+
+class TerminalReporter:
+    """A reporter that draws on standard error; `quiet` shows nothing but warnings and what a failed build said."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._quiet = quiet
+
+    def step(self, text: str) -> None:
+        """Show what begins now."""
+        if not self._quiet:
+            self._console.print(f"[bold cyan]>[/] {_plain(text)}")
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        self._console.print(f"[bold yellow]warning:[/] {_plain(text)}")
+
+    def output(self, data: bytes) -> None:
+        """Pass bytes on as they are."""
+        sys.stderr.flush()
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+
+    def meter(self, label: str, total: int | None, *, unit: str = "B") -> AbstractContextManager[Meter]:
+        """Show a bar on a terminal, now and then a line elsewhere."""
+        if self._quiet:
+            return _lines(None, label, total, unit)
+        return (
+            _bar(self._console, label, total, unit) if self._console.is_terminal else _lines(self, label, total, unit)
+        )
+
+
+@contextmanager
+def _bar(console: Console, label: str, total: int | None, unit: str) -> Iterator[Meter]:
+    numbers: list[ProgressColumn] = (
+        [DownloadColumn(binary_units=True), TransferSpeedColumn()]
+        if unit == "B"
+        else [MofNCompleteColumn(), TextColumn(unit)]
+    )
+    columns = [TextColumn("  {task.description}"), BarColumn(), *numbers, TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+
+        class Bar:
+            def advance(self, amount: int) -> None:
+                progress.advance(task, amount)
+
+        yield Bar()
+
+
+@contextmanager
+def _lines(reporter: TerminalReporter | None, label: str, total: int | None, unit: str) -> Iterator[Meter]:
+    meter = _LineMeter(reporter, label, total, unit)
+    yield meter
+    meter.finish()
+
+
+class _LineMeter:
+    """Prints a line every few seconds, so that a log shows that work goes on."""
+
+    def __init__(self, reporter: TerminalReporter | None, label: str, total: int | None, unit: str) -> None:
+        self._reporter, self._label, self._total, self._unit = reporter, label, total, unit
+        self._done = 0
+        self._begun = self._shown = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        if time.monotonic() - self._shown >= PLAIN_EVERY_S:
+            self._show()
+
+    def finish(self) -> None:
+        if self._done:
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        if self._reporter is not None:
+            seconds = max(self._shown - self._begun, 0.001)
+            rate = f", {format_size(self._done / seconds)}/s" if self._unit == "B" else ""
+            of = f" of {self._amount(self._total)}" if self._total else ""
+            self._reporter.step(f"{self._label}: {self._amount(self._done)}{of} in {seconds:.0f} s{rate}")
+
+    def _amount(self, count: int) -> str:
+        return format_size(count) if self._unit == "B" else f"{count} {self._unit}"
+
+
+def _plain(text: str) -> str:
+    """Return text that rich does not read as markup."""
+    return text.replace("[", "\\[")
+
+
+def show_error(error: VmbuildError) -> None:
+    """Show what went wrong, the facts, and what to do."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_plain(error.brief)}")
+    lines = error.details.strip().splitlines()
+    if len(lines) > MAX_DETAIL_LINES:
+        lines = ["...", *lines[-MAX_DETAIL_LINES:]]
+    for line in lines:
+        console.print(f"  [dim]{_plain(line)}[/]")
+    if error.resolution:
+        console.print(f"  {_plain(error.resolution)}")
+
+
+def say(text: str) -> None:
+    """Say a sentence to the person, not to a pipe."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(_plain(text))
+
+
+def print_json(value: Any) -> None:
+    """Print facts as JSON on standard output."""
+    sys.stdout.write(json.dumps(to_data(value), indent=2, default=str) + "\n")
+
+
+def to_data(value: Any) -> Any:
+    """Return dataclasses as plain data, paths as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_data(asdict(value))
+    if isinstance(value, dict):
+        return {key: to_data(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_data(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on standard output; `-` stands for what is not there."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*("-" if cell is None else _plain(str(cell)) for cell in row))
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=not console.is_terminal)

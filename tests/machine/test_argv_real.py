@@ -1,0 +1,92 @@
+"""The real QEMU accepts what vmbuild calls it with; paused, so that no guest is needed."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.unit.machine.conftest import make_spec
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import MachineError
+from vmbuild.machine import lifetime
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import Qemu, probe
+from vmbuild.machine.qmp import Qmp
+from vmbuild.model import GIB, Arch, MachineSpec
+
+pytestmark = pytest.mark.machine
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Qemu:
+    """The host's QEMU, started paused: `exec` keeps its process id and command line."""
+    qemu = probe(Arch.ARM64, tmp_path / "cache")
+    paused = tmp_path / "paused-qemu"
+    paused.write_text(f'#!/bin/sh\nexec "{qemu.binary}" "$@" -S\n')
+    paused.chmod(0o755)
+    return replace(qemu, binary=str(paused))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> MachineSpec:
+    """A machine whose kernel, initramfs and root are nothing but zeroes, in a folder with a comma."""
+    folder = tmp_path / "image,1"
+    folder.mkdir()
+    spec = make_spec(folder, memory_mib=512)
+    for path in (spec.image.kernel, spec.image.initrd, spec.image.root):
+        path.write_bytes(bytes(64 * 1024))
+    return spec
+
+
+@pytest.fixture
+def files(tmp_path: Path, spec: MachineSpec) -> Iterator[MachineFiles]:
+    """The files of a machine with a disk, in a folder too deep for a socket's name."""
+    files = MachineFiles.at(tmp_path / ("d" * 60) / ("e" * 60), "box")
+    lifetime.prepare(spec, files, explicit_disk=False)
+    files.seed.write_bytes(bytes(10240))
+    yield files
+    lifetime.stop(files, Deadline.after(5))
+
+
+def test_start_ask_stop(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> None:
+    lifetime.start(spec, files, qemu)
+    now = lifetime.status(files)
+    assert (now.state, now.disk_virtual_bytes) == ("paused", GIB)
+    assert now.pid is not None and now.ssh_port is not None
+    socket.create_connection(("127.0.0.1", now.ssh_port), 5).close()
+    facts = lifetime.load_facts(files)
+    with Qmp(files.qmp, Deadline.after(5)) as qmp:
+        assert facts is not None and qmp.execute("query-uuid")["UUID"] == facts.uuid
+        drives = {drive["inserted"]["node-name"]: drive["inserted"]["ro"] for drive in qmp.execute("query-block")}
+        assert drives == {"root": True, "disk": False, "seed": True}
+        assert "read 512/512" not in qmp.hmp('qemu-io disk "read 0 512"')  # goes to QEMU's own output
+    assert "read 512/512 bytes" in files.qemu_log.read_text()
+    lifetime.stop(files, Deadline.after(5))
+    assert not process.is_alive(now.pid)
+    assert not any(path.exists() for path in files.runtime)
+
+
+def test_a_disk_in_use_is_said_in_qemus_words(
+    spec: MachineSpec, qemu: Qemu, files: MachineFiles, tmp_path: Path
+) -> None:
+    lifetime.start(spec, files, qemu)
+    other = MachineFiles.at(tmp_path / "other", "box")
+    other.folder.mkdir(parents=True)
+    other.disk.hardlink_to(files.disk)
+    shutil.copy(files.seed, other.seed)
+    with pytest.raises(MachineError, match="QEMU did not start") as caught:
+        lifetime.start(spec, other, qemu)
+    assert "Another QEMU uses the machine's disk" in caught.value.resolution
+    assert lifetime.status(files).state == "paused"
+
+
+def test_more_memory_than_there_is_is_said(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> None:
+    with pytest.raises(MachineError) as caught:
+        lifetime.start(replace(spec, memory_mib=200 * 1024 * 1024), files, qemu)
+    assert "--memory" in caught.value.resolution, caught.value.details
