@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -89,17 +89,22 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
     Raises CommandError when it fails.
     """
     argv = [find_program(argv[0]), *argv[1:]]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as program:
-        assert program.stdin is not None and program.stderr is not None  # noqa: S101 - both are pipes
-        try:
+    program = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert program.stdin is not None and program.stderr is not None  # noqa: S101 - both are pipes
+    try:
+        with suppress(BrokenPipeError):  # its exit code says why it stopped reading
             yield program.stdin
+        with suppress(BrokenPipeError):  # what the pipe still buffers is written now
             program.stdin.close()
-            errors = program.stderr.read()
-        except BrokenPipeError:
-            errors = program.stderr.read()
-        except BaseException:
-            program.kill()
-            raise
+        errors = program.stderr.read()
+    except BaseException:
+        program.kill()
+        with suppress(BrokenPipeError):
+            program.stdin.close()
+        raise
+    finally:
+        program.wait()
+        program.stderr.close()
     if program.returncode != 0:
         raise CommandError(argv, program.returncode, errors.decode(errors="replace"))
 

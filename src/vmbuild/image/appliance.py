@@ -21,6 +21,10 @@ RECIPE = 1
 
 T = TypeVar("T")
 
+SQFSTAR = ("sqfstar", "-comp", "lz4", "-b", "128K", "-root-mode", "0755", "-no-xattrs", "-quiet", "-no-progress")
+FOLDERS = (("tmp", 0o1777), ("root", 0o700), ("disk", 0o755), ("proc", 0o755), ("sys", 0o755))
+"""What packages do not bring, or not with this mode."""
+
 BUSYBOX = "usr/bin/busybox"
 CERTIFICATES = "usr/share/ca-certificates/mozilla/"
 
@@ -53,25 +57,10 @@ def assemble(
     (folder / "kernel").write_bytes(files.image)
     (folder / "initrd").write_bytes(_initramfs(spec, files, _busybox(packages, downloads)))
     report.step("Writing the root file system")
-    with process.feed(
-        [
-            "sqfstar",
-            "-comp",
-            "lz4",
-            "-b",
-            "128K",
-            "-root-mode",
-            "0755",
-            "-no-xattrs",
-            "-quiet",
-            "-no-progress",
-            str(folder / "root.squashfs"),
-        ]
-    ) as pipe:
-        tree = TreeWriter(pipe)
+    with process.feed([*SQFSTAR, str(folder / "root.squashfs")]) as pipe, TreeWriter(pipe) as tree:
         for entry in _own_entries(spec, packages, downloads, files):
             tree.add_link(entry) if isinstance(entry, Link) else tree.add_file(entry)
-        for path, mode in (("tmp", 0o1777), ("root", 0o700), ("disk", 0o755), ("proc", 0o755), ("sys", 0o755)):
+        for path, mode in FOLDERS:
             tree.add_folder(path, mode)
         keep = rootfs.keep_all_but(
             [*spec.exclude, "./boot", f"./{files.folder}", f"./usr/lib/linux-image-{files.release}"]
@@ -79,7 +68,6 @@ def assemble(
         rootfs.add_packages(tree, packages, downloads, keep, report)
         for applet in (spec.guest_files / "applets").read_text().split():
             tree.add_link(Link(f"usr/bin/{applet}", "busybox"))
-        tree.close()
     return {"kernel_release": files.release}
 
 
@@ -122,7 +110,7 @@ def _only(found: list[T], what: str) -> T:
 
 def _busybox(packages: Sequence[Package], downloads: Path) -> bytes:
     package = _only([p for p in packages if p.name == "busybox-static"], "busybox-static")
-    return rootfs.read_files(package_path(package, downloads), [BUSYBOX])[BUSYBOX]
+    return _only(list(rootfs.read_files(package_path(package, downloads), [BUSYBOX]).values()), BUSYBOX)
 
 
 def _initramfs(spec: ImageSpec, files: KernelFiles, busybox: bytes) -> bytes:
@@ -162,4 +150,6 @@ def _certificates(packages: Sequence[Package], downloads: Path) -> bytes:
     """Return the bundle that update-ca-certificates would write in its postinst."""
     package = _only([p for p in packages if p.name == "ca-certificates"], "ca-certificates")
     found = rootfs.read_files(package_path(package, downloads), [CERTIFICATES])
+    if not found:
+        raise GuestImageError(f"the package ca-certificates has nothing in {CERTIFICATES}")
     return b"".join(found[path] for path in sorted(found))

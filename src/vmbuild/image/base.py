@@ -52,20 +52,18 @@ def write_base(
     spec: BaseSpec, packages: Sequence[Package], downloads: Path, sources: str, out: Writable, report: Reporter
 ) -> None:
     """Write the tree as a tar stream; `sources` becomes its apt sources. Raises GuestImageError for a bad package."""
-    tree = TreeWriter(out)
     database = Database()
-    tree.add_folder(".")  # else the root would have the mode of the private folder that it is unpacked in
-    tree.add_file(File("etc/apt/sources.list.d/debian.sources", sources.encode()))
-    for file in _slim_settings(spec):
-        tree.add_file(file)
     keep = keep_slim(spec.exclude, spec.keep)
-    with report.meter("unpack", len(packages), unit="packages") as meter:
+    with TreeWriter(out) as tree, report.meter("unpack", len(packages), unit="packages") as meter:
+        tree.add_folder(".")  # else the root would have the mode of the private folder that it is unpacked in
+        tree.add_file(File("etc/apt/sources.list.d/debian.sources", sources.encode()))
+        for file in _slim_settings(spec):
+            tree.add_file(file)
         for package in packages:
             _unpack(tree, database, package_path(package, downloads), keep)
             meter.advance(1)
-    for file in _database_files(database):
-        tree.add_file(file)
-    tree.close()
+        for file in _database_files(database):
+            tree.add_file(file)
 
 
 def keep_slim(exclude: Sequence[str], patterns: Sequence[str]) -> Keep:
@@ -195,17 +193,29 @@ def layer_writer(plan: BasePlan) -> Iterator[Callable[[bytes], None]]:
 
     The layer's file time is fixed, so that the same tree gives the same digest.
     """
-    with open_whole(plan.layer) as file:
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-            unpack = zstandard.ZstdDecompressor().decompressobj()
+    with (
+        open_whole(plan.layer) as file,
+        _complete_stream() as unpack,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+    ):
 
-            def write(data: bytes) -> None:
-                packed.write(unpack.decompress(data))
+        def write(data: bytes) -> None:
+            packed.write(unpack.decompress(data))
 
-            yield write
-        if not unpack.eof:
-            raise GuestImageError("the base image came out of the guest incomplete")
+        yield write
     write_whole(digest_file(plan.layer), hash_file(plan.layer).encode())
+
+
+@contextmanager
+def _complete_stream() -> Iterator[zstandard.ZstdDecompressionObj]:
+    """Yield a decompressor. Raises GuestImageError when what it was given is no zstd stream, or half of one."""
+    unpack = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        yield unpack
+    except zstandard.ZstdError as error:
+        raise GuestImageError("the base image came out of the guest damaged", details=str(error)) from error
+    if not unpack.eof:
+        raise GuestImageError("the base image came out of the guest incomplete")
 
 
 def digest_file(layer: Path) -> Path:

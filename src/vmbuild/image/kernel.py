@@ -14,13 +14,17 @@ from vmbuild.image.tree import File, Link
 
 @dataclass(frozen=True)
 class Module:
-    """A kernel module: its path in the tree (decompressed, `.ko`), what it depends on, the aliases it serves."""
+    """A kernel module: its path in the tree (decompressed, `.ko`), what it depends on, the aliases it serves.
+
+    `soft_depends` are wanted before it and `followers` after it, where the kernel has them (modprobe.d(5), softdep).
+    """
 
     path: str
     name: str
     depends: tuple[str, ...]
     aliases: tuple[str, ...]
     soft_depends: tuple[str, ...]
+    followers: tuple[str, ...]
     data: bytes
 
 
@@ -33,13 +37,14 @@ def read_module(path: str, data: bytes) -> Module:
         key, _, value = line.decode(errors="replace").partition("=")
         facts.setdefault(key, []).append(value)
     depends = [name for name in ",".join(facts.get("depends", [])).split(",") if name]
-    soft = [name for text in facts.get("softdep", []) for name in text.split() if not name.endswith(":")]
+    before, _, after = " ".join(facts.get("softdep", [])).partition("post:")
     return Module(
         path,
         _name(PurePosixPath(path).stem),
         tuple(map(_name, depends)),
         tuple(facts.get("alias", [])),
-        tuple(map(_name, soft)),
+        tuple(map(_name, before.replace("pre:", "").split())),
+        tuple(map(_name, after.split())),
         data,
     )
 
@@ -84,6 +89,9 @@ def load_order(modules: Mapping[str, Module], wanted: Iterable[str], builtin: fr
             if need in modules:
                 visit(need)
         order[name] = modules[name]
+        for follower in modules[name].followers:
+            if follower in modules:
+                visit(follower)
 
     for name in wanted:
         visit(_name(name))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import gzip
 import lzma
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import zstandard
-from debian.arfile import ArFile
+from debian.arfile import ArError, ArFile
 
 from vmbuild.errors import GuestImageError
 from vmbuild.image.packages import Package, package_path
 from vmbuild.image.tree import Keep, TreeWriter, merged_path, read_members
 from vmbuild.report import Reporter
+
+UNREADABLE = (ArError, tarfile.TarError, lzma.LZMAError, zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError)
+"""What a damaged package makes its readers raise."""
 
 
 @contextmanager
@@ -28,10 +32,12 @@ def open_part(deb: Path, part: str) -> Iterator[tarfile.TarFile]:
     try:
         with deb.open("rb") as file:
             archive = ArFile(fileobj=file)
-            name = next(name for name in archive.getnames() if name.startswith(f"{part}.tar"))
+            name = next((name for name in archive.getnames() if name.startswith(f"{part}.tar")), None)
+            if name is None:
+                raise ArError(f"it has no {part}.tar")
             with tarfile.open(fileobj=_decompress(name, archive.getmember(name)), mode="r|") as tar:
                 yield tar
-    except (tarfile.TarError, lzma.LZMAError, zstandard.ZstdError, StopIteration, EOFError) as error:
+    except UNREADABLE as error:
         raise GuestImageError(
             f"the package file {deb} cannot be read",
             details=str(error),

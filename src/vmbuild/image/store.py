@@ -55,14 +55,16 @@ def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
 
 def verify(cache: Path) -> list[Check]:
     """Hash every file of every guest image again and compare it with its manifest."""
-    return [_check(folder) for folder in sorted((cache / "images").glob("*/manifest.json"))]
+    return [_check(folder) for folder in sorted((cache / "images").glob("[!.]*/manifest.json"))]
 
 
 def _check(manifest_path: Path) -> Check:
-    text = manifest_path.read_bytes()
-    manifest = json.loads(text)
     digest = manifest_path.parent.name
-    problems = [] if hashlib.sha256(text).hexdigest() == digest else ["the manifest was changed"]
+    text = manifest_path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != digest:
+        return Check("unknown", digest, "the manifest was changed")
+    manifest = json.loads(text)
+    problems = []
     for part, facts in manifest["files"].items():
         path = manifest_path.parent / part
         if not path.exists():
@@ -75,6 +77,7 @@ def _check(manifest_path: Path) -> Check:
 def recipe_digest(spec: ImageSpec) -> str:
     """Return a digest of all that decides what a row assembles to, but for the packages' versions."""
     facts = {key: str(value) for key, value in sorted(vars(spec).items()) if key not in ("folder", "guest_files")}
+    facts["keyrings"] = " ".join(path.name for path in spec.keyrings)  # wherever vmbuild is installed
     digest = hashlib.sha256(json.dumps([appliance.RECIPE, facts], default=str).encode())
     for path in sorted(path for path in spec.guest_files.rglob("*") if path.is_file()):
         digest.update(path.relative_to(spec.guest_files).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -83,7 +86,13 @@ def recipe_digest(spec: ImageSpec) -> str:
 
 @contextmanager
 def _lock(cache: Path, name: str, report: Reporter) -> Iterator[None]:
-    (cache / "images").mkdir(parents=True, exist_ok=True)
+    try:
+        (cache / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"cannot make the cache folder {cache}: {error.strerror}",
+            resolution="Set VMBUILD_CACHE_DIR to a folder that you may write.",
+        ) from error
     lock = FileLock(cache / "images" / f"{name}.lock")
     try:
         lock.acquire(blocking=False)
@@ -102,17 +111,24 @@ def _pointer(spec: ImageSpec, cache: Path) -> Path:
 
 def _load(spec: ImageSpec, cache: Path, digest: str) -> GuestImage:
     folder = cache / "images" / digest
-    manifest = json.loads((folder / "manifest.json").read_text())
+    text = (folder / "manifest.json").read_bytes()
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise _damaged(spec, folder, "its manifest was changed")
+    manifest = json.loads(text)
     for part, facts in manifest["files"].items():
         if (folder / part).stat().st_size != facts["size"]:
-            raise GuestImageError(
-                f"the guest image {spec.name} in the cache is damaged: {part} has another size",
-                resolution=f"Delete {folder} and run the command again.",
-            )
+            raise _damaged(spec, folder, f"{part} has another size")
     kernel, initrd, root = (folder / part for part in PARTS)
     size = sum(facts["size"] for facts in manifest["files"].values())
     return GuestImage(
         spec.name, digest, spec.arch, kernel, initrd, root, spec.machine_type, spec.cpu_model, spec.kernel_args, size
+    )
+
+
+def _damaged(spec: ImageSpec, folder: Path, what: str) -> GuestImageError:
+    return GuestImageError(
+        f"the guest image {spec.name} in the cache is damaged: {what}",
+        resolution=f"Delete {folder} and run the command again.",
     )
 
 
@@ -156,19 +172,17 @@ def _manifest(
 @contextmanager
 def _workspace(images: Path, name: str) -> Iterator[Path]:
     """Yield an empty folder for assembling in; the lock is held, so older ones are an interrupted run's remains."""
-    for remains in images.glob(f".{name}-*"):
+    for remains in images.glob(f".{name}~*"):
         shutil.rmtree(remains)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=images))
     try:
-        yield folder
+        with tempfile.TemporaryDirectory(prefix=f".{name}~", dir=images, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
     except OSError as error:
         raise HostError(
             f"cannot write the guest image: {error.strerror}",
             details=str(error),
             resolution=f"Make room in {images} or set VMBUILD_CACHE_DIR to another folder.",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -178,5 +192,6 @@ def _publish(folder: Path, target: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     folder.chmod(0o755)
-    if not target.exists():
-        folder.replace(target)
+    if target.exists():  # damaged, or we would not be here
+        target.replace(folder.with_name(f"{folder.name}-damaged"))
+    folder.replace(target)

@@ -10,7 +10,8 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Protocol, cast
+from types import TracebackType
+from typing import IO, Any, Protocol, cast
 
 MERGED = ("bin", "sbin", "lib")
 """Top-level folders that are links into /usr on every Debian since 12 (Debian's UsrMerge)."""
@@ -61,6 +62,17 @@ class TreeWriter:
         self._seen: set[str] = set()
         for name in MERGED:
             self.add_link(Link(name, f"usr/{name}"))
+
+    def __enter__(self) -> TreeWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # a broken stream must not be ended as if it were whole, nor by its finaliser
+            cast(Any, self._tar.fileobj).closed = True
 
     def add_file(self, file: File) -> None:
         """Add a file of our own and the folders above it."""

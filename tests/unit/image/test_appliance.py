@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import pytest
 
 from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import MODULES, RELEASE, Entry, file, folder, module, put_package, symlink
+from vmbuild import process
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance
 from vmbuild.image.appliance import assemble, guest_files, read_kernel
 from vmbuild.image.catalog import load_image
 from vmbuild.image.packages import Package, package_path
 from vmbuild.model import Arch, ImageSpec
+from vmbuild.process import CommandError
 
 needs_squashfs = pytest.mark.skipif(
     not (shutil.which("sqfstar") and shutil.which("unsquashfs")), reason="squashfs-tools >= 4.5 is not installed"
@@ -55,6 +58,13 @@ class Parts:
 
     def drop(self, name: str) -> None:
         self.packages = [package for package in self.packages if package.name != name]
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Run finalisers after the test that left them: in the middle of ast.parse they crash CPython 3.11's pytest."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -271,7 +281,23 @@ def test_missing_sqfstar_is_the_hosts_fault(
     assert "squashfs-tools" in caught.value.resolution
 
 
-@pytest.mark.parametrize("read_first", [0, 1_000_000])
+BROKEN_PIPE = (
+    "what feed's pipe still buffers is flushed by Popen.__exit__, whose BrokenPipeError hides the CommandError"
+)
+
+
+@pytest.mark.xfail(raises=BrokenPipeError, strict=True, reason=BROKEN_PIPE)
+def test_program_that_ends_early_is_told_whatever_the_pipe_still_buffers() -> None:
+    with pytest.raises(CommandError, match="sh failed with exit code 1"):  # noqa: SIM117
+        with process.feed(["sh", "-c", "exit 1"]) as pipe:
+            for _ in range(10_000):
+                pipe.write(bytes(1000))
+
+
+@pytest.mark.parametrize(
+    "read_first",
+    [0, pytest.param(1_000_000, marks=pytest.mark.xfail(raises=BrokenPipeError, strict=False, reason=BROKEN_PIPE))],
+)
 def test_failing_sqfstar_is_the_hosts_fault_and_its_words_are_told(
     parts: Parts, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, read_first: int
 ) -> None:

@@ -1,0 +1,136 @@
+"""The walls of the house, as data: who may import whom, and who is the one door to what."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
+GROUND = {"errors", "model", "deadline", "report", "whole"}
+IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
+MACHINE = {"files", "probe", "argv", "qmp", "serial", "lifetime"}
+GUEST = {"session", "keys", "seed", "ssh", "terminal", "ready", "context", "docker", "archive"}
+
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "model": {"errors"},
+    "deadline": {"errors"},
+    "report": set(),
+    "whole": {"errors"},
+    "process": GROUND,
+    "image.tree": GROUND,
+    "image.catalog": GROUND,
+    "image.http": GROUND,
+    "image.fetch": GROUND | {"image.http"},
+    "image.mirrors": GROUND,
+    "image.packages": GROUND | {"image.fetch"},
+    "image.debian": GROUND | {"process", "image.fetch", "image.mirrors", "image.packages"},
+    "image.rootfs": GROUND | {"image.tree", "image.packages"},
+    "image.kernel": GROUND | {"image.tree"},
+    "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
+    "image.base": GROUND | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel"}},
+    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
+    "machine.files": GROUND,
+    "machine.probe": GROUND | {"process"},
+    "machine.argv": GROUND | {"machine.files", "machine.probe"},
+    "machine.qmp": GROUND,
+    "machine.serial": GROUND | {"machine.qmp"},
+    "machine.lifetime": GROUND | {"process"} | {f"machine.{name}" for name in MACHINE},
+    "guest.session": GROUND,
+    "guest.keys": GROUND,
+    "guest.seed": GROUND | {"guest.keys"},
+    "guest.ssh": GROUND | {"guest.session"},
+    "guest.terminal": GROUND | {"guest.session"},
+    "guest.ready": GROUND | {"guest.session"},
+    "guest.context": GROUND | {"guest.session"},
+    "guest.docker": GROUND | {"guest.session"},
+    "guest.archive": GROUND | {"guest.session"},
+    "build": GROUND
+    | {f"image.{name}" for name in ("base", "catalog", "store")}
+    | {f"machine.{name}" for name in MACHINE}
+    | {f"guest.{name}" for name in GUEST},
+    "doctor": GROUND | {"process", "image.debian", "machine.probe"},
+    "settings": GROUND,
+    "ui": GROUND,
+    "cli": GROUND | {"settings", "ui", "build", "doctor"},
+}
+
+DOORS = {
+    "subprocess": {"process"},
+    "requests": {"image.http"},
+    "urllib3": {"image.http"},
+    "paramiko": {"guest.ssh"},
+    "qemu": {"machine.qmp"},
+    "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
+    "rich": {"ui"},
+    "click": {"settings", "cli"},
+    "cryptography": {"guest.keys"},
+}
+"""A foreign package, and the modules that may import it."""
+
+SPEAKERS = {"cli", "ui"}
+"""Who may print and end the process."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def modules() -> dict[str, Path]:
+    return {module_name(path): path for path in SOURCE.rglob("*.py") if path.name != "__init__.py"}
+
+
+def imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """Yield what a module imports: `vmbuild.` modules by their full name, foreign ones by their first word."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole.removeprefix("vmbuild.") in known else node.module
+
+
+def faults(name: str, source: str, known: set[str]) -> list[str]:
+    """Return every wall that a module's source goes through."""
+    tree = ast.parse(source)
+    found = []
+    for imported in imports(tree, known):
+        first, _, rest = imported.partition(".")
+        if first == "vmbuild" and rest and rest not in ALLOWED[name]:
+            found.append(f"{name} imports vmbuild.{rest}")
+        if first in DOORS and name not in DOORS[first]:
+            found.append(f"{name} imports {first}")
+    for node in ast.walk(tree):
+        spoken = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if spoken in ("print", "sys.exit", "exit") and name not in SPEAKERS:
+            found.append(f"{name} calls {spoken}")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_wall_has_fallen(name: str) -> None:
+    assert name in ALLOWED, "a new module: say in the table what it may import, and in docs/design.md why it is there"
+    assert faults(name, modules()[name].read_text(), set(modules())) == []
+
+
+def test_the_table_names_only_what_is_there() -> None:
+    assert set(ALLOWED) == set(modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault"),
+    [
+        ("image.fetch", "from vmbuild.machine import qmp", "image.fetch imports vmbuild.machine.qmp"),
+        ("guest.docker", "import vmbuild.image.store", "guest.docker imports vmbuild.image.store"),
+        ("machine.argv", "import subprocess", "machine.argv imports subprocess"),
+        ("build", "def f():\n    from paramiko import Transport", "build imports paramiko"),
+        ("guest.ready", "print('hello')", "guest.ready calls print"),
+        ("model", "import sys\nsys.exit(1)", "model calls sys.exit"),
+    ],
+)
+def test_the_checker_sees_a_fallen_wall(name: str, source: str, fault: str) -> None:
+    assert faults(name, source, set(modules())) == [fault]
