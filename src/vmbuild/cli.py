@@ -219,6 +219,7 @@ def console(positional: str | None, **flags: Any) -> None:
     from vmbuild import build
 
     found = _settings(flags, positional)
+    click.echo("Connected to the serial console; Ctrl-] detaches.", err=True)
     build.console(found["name"], found.home())
 
 

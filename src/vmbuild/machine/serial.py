@@ -109,7 +109,6 @@ def _raw_terminal() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
-    print("Connected to the serial console; Ctrl-] detaches.\r", file=sys.stderr)  # noqa: T201
     before = termios.tcgetattr(sys.stdin.fileno())
     tty.setraw(sys.stdin.fileno())
     try:
