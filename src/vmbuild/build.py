@@ -55,8 +55,8 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
         started = _ensure_running(request, files, home, report)
     try:
         session = ready.wait_ready(
-            lambda limit: ssh.SshSession.connect(_endpoint(files), limit),
-            lambda: lifetime.check_alive(files),
+            lambda limit: _connect(files, limit),
+            lambda: lifetime.check_running(files),
             deadline,
             report,
         )
@@ -85,7 +85,7 @@ def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, re
             f"the machine {request.name} does not answer",
             resolution=f"End it with `vmbuild down {request.name}`, then run the command again.",
         )
-    image = _guest_image(request, home, report)
+    image = fetch_image(request, home, report)
     spec = MachineSpec(request.name, request.cpus, request.memory_mib, request.disk_bytes, image)
     qemu = probe(image.arch, home.cache)
     lifetime.prepare(spec, files, explicit_disk="disk" in request.given)
@@ -101,7 +101,8 @@ def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, re
     return True
 
 
-def _guest_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+    """Return the guest image from the cache, assembling it first where it is not there."""
     mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
     return store.ensure(catalog.load_image(request.image), mirrors, home.cache, report)
 
@@ -115,6 +116,10 @@ def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Re
                 f"the machine {request.name} runs with {key} {has[key]}; "
                 f"{asked[key]} takes effect after `vmbuild down {request.name}`"
             )
+
+
+def _connect(files: MachineFiles, limit: Deadline) -> Session:
+    return ssh.SshSession.connect(_endpoint(files), limit, lambda: lifetime.check_running(files))
 
 
 def _endpoint(files: MachineFiles) -> Endpoint:
@@ -132,7 +137,7 @@ def running_session(name: str, home: Home) -> Iterator[Session]:
         raise MachineError(
             f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
         )
-    session = ssh.SshSession.connect(_endpoint(files), Deadline.after(30))
+    session = _connect(files, Deadline.after(30))
     try:
         yield session
     finally:
@@ -231,7 +236,7 @@ def down(name: str, home: Home, report: Reporter) -> bool:
 
 
 def _power_off(files: MachineFiles) -> None:
-    session = ssh.SshSession.connect(_endpoint(files), Deadline.after(10))
+    session = _connect(files, Deadline.after(10))
     try:
         session.run(["poweroff"], deadline=Deadline.after(10))
     finally:

@@ -287,6 +287,21 @@ def images(ctx: click.Context, as_json: bool) -> None:
     ui.print_table(columns, cells)
 
 
+@images.command("fetch")
+@machine_options("image", "mirror", "security_mirror")
+@as_json
+def images_fetch(as_json: bool, **flags: Any) -> None:
+    """Have a guest image in the cache, starting no machine: for a CI cache, or before a journey."""
+    from vmbuild import build, ui
+
+    found = _settings(flags)
+    image = build.fetch_image(found.as_request(), found.home(), _reporter())
+    if as_json:
+        ui.print_json(image)
+    else:
+        ui.say(f"The guest image {image.name} is in the cache ({format_size(image.size_bytes)}).")
+
+
 @images.command("verify")
 @as_json
 def images_verify(as_json: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
-from vmbuild.errors import BuildError, GuestError
+from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest.session import Feed, Output, Session, Sink, capture
 from vmbuild.model import BuildRequest
 from vmbuild.report import Meter
@@ -59,7 +59,8 @@ def workspace(session: Session) -> Iterator[Workspace]:
     try:
         yield Workspace(folder)
     finally:
-        session.run(["rm", "-rf", folder], deadline=Deadline.after(60))
+        with suppress(VmbuildError):  # a guest that is gone or stopped must not hide why
+            session.run(["rm", "-rf", folder], deadline=Deadline.after(60))
 
 
 def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Meter) -> int:

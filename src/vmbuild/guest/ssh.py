@@ -7,19 +7,25 @@ import select
 import shlex
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import paramiko
 
 from vmbuild.deadline import NEVER, Deadline
-from vmbuild.errors import GuestError
+from vmbuild.errors import GuestError, VmbuildError
 from vmbuild.guest.session import Feed, Output, WrongHostKeyError
 from vmbuild.model import Endpoint
 
 WINDOW_BYTES = 4 * 1024 * 1024
+Watch = Callable[[], None]
+
 Signal = Callable[[str, str], None]
 """Sends a signal, by name, to a process group in the guest."""
+
+WATCH_EVERY_S = 5.0
+"""After so much silence it is asked whether the machine still runs."""
 
 STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 """How a program in the guest is ended: each signal and the seconds it has."""
@@ -28,12 +34,15 @@ STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 class SshSession:
     """An authenticated SSH connection to one guest; see `Session`."""
 
-    def __init__(self, transport: paramiko.Transport) -> None:
+    def __init__(self, transport: paramiko.Transport, watch: Watch) -> None:
         self._transport = transport
+        self._watch = watch
 
     @classmethod
-    def connect(cls, endpoint: Endpoint, deadline: Deadline) -> SshSession:
+    def connect(cls, endpoint: Endpoint, deadline: Deadline, watch: Watch = lambda: None) -> SshSession:
         """Connect once, check the pinned host key, log in.
+
+        `watch` is called now and then while a program is silent; it raises when waiting is in vain.
 
         Raises WrongHostKeyError for another host key, GuestError when nobody answers or the key is refused.
         """
@@ -48,7 +57,7 @@ class SshSession:
             transport.close()
             raise
         transport.set_keepalive(30)
-        return cls(transport)
+        return cls(transport, watch)
 
     def run(
         self,
@@ -69,7 +78,7 @@ class SshSession:
             channel.exec_command(f"echo $$; exec {shlex.join(argv)}")
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise GuestError("the connection to the guest broke", details=str(error)) from error
-        return _Run(channel, feed, on_stdout, on_stderr, deadline).to_the_end(self._signal)
+        return _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch).to_the_end(self._signal)
 
     def _signal(self, group: str, name: str) -> None:
         with suppress(paramiko.SSHException, OSError, EOFError):
@@ -94,7 +103,9 @@ class _Run:
         on_stdout: Output | None,
         on_stderr: Output | None,
         deadline: Deadline,
+        watch: Watch,
     ) -> None:
+        self._watch = watch
         self._channel = channel
         self._on_stdout = on_stdout or _ignore
         self._on_stderr = on_stderr or _ignore
@@ -109,6 +120,9 @@ class _Run:
         try:
             self._pump()
             return self._exit_code()
+        except _InVain as error:
+            assert error.__cause__ is not None  # noqa: S101 - see _ask_watch
+            raise error.__cause__ from None
         except BaseException:
             self._end(signal)
             raise
@@ -131,12 +145,17 @@ class _Run:
         """Pass both outputs on until both have ended."""
         channel = self._channel
         handle = channel.fileno()
+        heard = time.monotonic()
         while True:
             if self._feed_error is not None:
                 raise self._feed_error
             if self._deadline.passed:
                 raise GuestError("a command in the guest did not end in time")
-            select.select([handle], [], [], self._deadline.remaining_s(0.5))
+            ready, _, _ = select.select([handle], [], [], self._deadline.remaining_s(0.5))
+            heard = time.monotonic() if ready else heard
+            if time.monotonic() - heard > WATCH_EVERY_S:
+                self._ask_watch()
+                heard = time.monotonic()
             while channel.recv_ready():
                 self._take_stdout(channel.recv(WINDOW_BYTES))
             while channel.recv_stderr_ready():
@@ -145,6 +164,12 @@ class _Run:
                 return
             if channel.closed and not channel.recv_ready() and not channel.recv_stderr_ready():
                 return
+
+    def _ask_watch(self) -> None:
+        try:
+            self._watch()
+        except VmbuildError as error:
+            raise _InVain from error
 
     def _take_stdout(self, data: bytes) -> None:
         if self._group is None:
@@ -184,6 +209,10 @@ class _Run:
 
 class _ProgramStoppedReading(Exception):
     pass
+
+
+class _InVain(Exception):
+    """The machine does not run: nothing in it can be ended, or asked."""
 
 
 class _ChannelSink:

@@ -29,6 +29,9 @@ from vmbuild.whole import write_whole
 START_S = 60.0
 """How long QEMU may take to open its monitor: it allocates and loads first."""
 
+ROOM_BYTES = 64 * MIB
+"""With less on the host's disk a machine that ran out of it would only stop again."""
+
 ANSWER_S = 10.0
 """How long a QEMU that runs may take to answer on its monitor."""
 
@@ -239,12 +242,24 @@ def parse_ssh_port(usernet: str) -> int | None:
 def resume(files: MachineFiles) -> None:
     """Let a paused machine go on. Raises HostError when the host's disk is full, which is why QEMU pauses one."""
     with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-        if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < 64 * MIB:
-            raise HostError(
-                f"the machine {files.name} is paused because the host's disk is full",
-                resolution=f"Make room in {files.folder} and run `vmbuild up` again: nothing is lost.",
-            )
+        if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < ROOM_BYTES:
+            raise _disk_full(files)
         qmp.execute("cont")
+
+
+def check_running(files: MachineFiles) -> None:
+    """Raise MachineError when the machine's QEMU is gone, HostError when it waits for room on the host's disk."""
+    check_alive(files)
+    with suppress(MachineError), Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+        if qmp.execute("query-status")["status"] == "io-error":
+            raise _disk_full(files)
+
+
+def _disk_full(files: MachineFiles) -> HostError:
+    return HostError(
+        f"the machine {files.name} is paused because the host's disk is full",
+        resolution=f"Make room in {files.folder} and run `vmbuild up`: it goes on where it stopped, nothing is lost.",
+    )
 
 
 def check_alive(files: MachineFiles) -> None:

@@ -250,9 +250,6 @@ def test_corrupt_package_ends_the_assembly(parts: Parts, tmp_path: Path, listene
         make(parts, tmp_path / "out", listener)
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="TreeWriter leaves a tar stream open, whose finaliser then writes"
-)
 @needs_squashfs
 def test_failed_assembly_says_nothing_behind_the_users_back(
     parts: Parts, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
@@ -281,12 +278,6 @@ def test_missing_sqfstar_is_the_hosts_fault(
     assert "squashfs-tools" in caught.value.resolution
 
 
-BROKEN_PIPE = (
-    "what feed's pipe still buffers is flushed by Popen.__exit__, whose BrokenPipeError hides the CommandError"
-)
-
-
-@pytest.mark.xfail(raises=BrokenPipeError, strict=True, reason=BROKEN_PIPE)
 def test_program_that_ends_early_is_told_whatever_the_pipe_still_buffers() -> None:
     with pytest.raises(CommandError, match="sh failed with exit code 1"):  # noqa: SIM117
         with process.feed(["sh", "-c", "exit 1"]) as pipe:
@@ -294,10 +285,7 @@ def test_program_that_ends_early_is_told_whatever_the_pipe_still_buffers() -> No
                 pipe.write(bytes(1000))
 
 
-@pytest.mark.parametrize(
-    "read_first",
-    [0, pytest.param(1_000_000, marks=pytest.mark.xfail(raises=BrokenPipeError, strict=False, reason=BROKEN_PIPE))],
-)
+@pytest.mark.parametrize("read_first", [0, 1_000_000])
 def test_failing_sqfstar_is_the_hosts_fault_and_its_words_are_told(
     parts: Parts, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch, read_first: int
 ) -> None:
@@ -322,11 +310,6 @@ def test_missing_package_is_a_guest_image_error(parts: Parts, tmp_path: Path, li
         make(parts, tmp_path / "out", listener)
 
 
-@pytest.mark.xfail(
-    raises=(KeyError, pytest.fail.Exception),
-    strict=True,
-    reason="_busybox raises KeyError, _certificates makes an empty bundle",
-)
 @pytest.mark.parametrize("name", ["busybox-static", "ca-certificates"])
 def test_package_without_its_files_is_a_guest_image_error(
     parts: Parts, tmp_path: Path, listener: Listener, name: str

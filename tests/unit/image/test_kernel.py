@@ -114,6 +114,10 @@ def test_unknown_module_is_named(wanted: str) -> None:
         load_order(modules(ext4=module("ext4", ["absent"])), [wanted], NONE)
 
 
+PENDING_POST = pytest.param(
+    "post: b",
+    marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="module_tables lists followers as needs"),
+)
 TABLED = {
     "virtio": module("virtio", aliases=["virtio-bus"]),
     "virtio_ring": module("virtio-ring", ["virtio"]),
@@ -143,6 +147,18 @@ def test_module_tables_literally() -> None:
         "alias block-* virtio_blk\n"
         "alias fs-ext4 ext4\n",
     }
+
+
+@pytest.mark.parametrize("soft", ["pre: b", PENDING_POST])
+def test_modprobe_by_the_table_loads_nothing_before_what_it_depends_on(soft: str) -> None:
+    """Modprobe loads a line of modules.dep from its end (modules.dep(5)), then the module itself."""
+    found = modules(a=module("a", soft=soft), b=module("b", [] if "pre" in soft else ["a"]), c=module("c", ["b"]))
+    table = module_tables(MODULES, found, NONE)[0].data.decode()
+    for path, _, needs in (line.partition(":") for line in table.splitlines()):
+        loaded: list[str] = []
+        for name in [Path(need).stem for need in [path, *needs.split()][::-1]]:
+            assert set(found[name].depends) <= set(loaded), f"{name} is loaded too early in {path}:{needs}"
+            loaded.append(name)
 
 
 @pytest.mark.skipif(shutil.which("depmod") is None, reason="depmod (kmod) is not installed")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-import zlib
 from pathlib import Path
 
 import pytest
-from debian.arfile import ArError
 
 from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import compress, file, folder, hardlink, pack_ar, pack_deb, pack_tar, put_package, symlink
@@ -66,24 +64,8 @@ def damaged(whole: bytes, suffix: str, how: str) -> bytes:
     return b"\0not at all what it says" * 50
 
 
-# open_part names the errors of xz and zst, but not those of gzip (BadGzipFile, zlib.error) and ar (ArError, OSError).
-RAW = pytest.mark.xfail(raises=(OSError, ArError, zlib.error), strict=True, reason="open_part lets this error through")
-
-
-@pytest.mark.parametrize(
-    ("suffix", "how"),
-    [
-        (".xz", "cut"),
-        (".xz", "flipped"),
-        (".xz", "replaced"),
-        (".zst", "cut"),
-        (".zst", "flipped"),
-        (".zst", "replaced"),
-        (".gz", "cut"),
-        pytest.param(".gz", "flipped", marks=RAW),
-        pytest.param(".gz", "replaced", marks=RAW),
-    ],
-)
+@pytest.mark.parametrize("how", ["cut", "flipped", "replaced"])
+@pytest.mark.parametrize("suffix", [".xz", ".zst", ".gz"])
 def test_corrupt_part_is_a_guest_image_error(deb: Path, suffix: str, how: str) -> None:
     part = damaged(pack_tar([file("./etc/it", DATA)]), suffix, how)
     deb.write_bytes(pack_ar({"debian-binary": b"2.0\n", f"data.tar{suffix}": part}))
@@ -98,8 +80,19 @@ def test_empty_archive_is_a_guest_image_error(deb: Path) -> None:
         read_files(deb, [""])
 
 
-@RAW
-@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"!<arch>\n" + b"x" * 60, b"!<arch>\nshort"])
+# python-debian says a bare OSError to a member's header that is none.
+BAD_HEADER = pytest.mark.xfail(raises=OSError, strict=True, reason="open_part lets the OSError of ArFile through")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"<html>404</html>",
+        pytest.param(b"!<arch>\n" + b"x" * 60, marks=BAD_HEADER),
+        pytest.param(b"!<arch>\nshort", marks=BAD_HEADER),
+    ],
+)
 def test_file_that_is_no_package_is_a_guest_image_error(deb: Path, data: bytes) -> None:
     deb.write_bytes(data)
     with pytest.raises(GuestImageError, match=r"it\.deb cannot be read"):

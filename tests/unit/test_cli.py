@@ -1,0 +1,204 @@
+"""The edge: what becomes of a command line, an exception, and a result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbuild import build, cli
+from vmbuild.errors import (
+    EXIT_CODES,
+    BuildError,
+    GuestError,
+    GuestImageError,
+    HostError,
+    MachineError,
+    UsageError,
+    VmbuildError,
+)
+from vmbuild.model import BuildRequest, BuildResult, MachineRequest, MachineStatus
+
+Record = list[tuple[Any, ...]]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for key in ("CACHE", "STATE"):
+        monkeypatch.setenv(f"VMBUILD_{key}_DIR", str(tmp_path / key.lower()))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """The calls of `build.build`, which here succeeds at once."""
+    calls: Record = []
+
+    def fake(request: MachineRequest, job: BuildRequest, *args: object, **streams: object) -> BuildResult:
+        calls.append((request, job))
+        return BuildResult("sha256:abc", job.tags, job.output, 10, 20, 1.5)
+
+    monkeypatch.setattr(build, "build", fake)
+    return calls
+
+
+def fail_with(error: BaseException) -> Callable[..., Any]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "kind", [UsageError, HostError, GuestImageError, MachineError, GuestError, BuildError, VmbuildError]
+)
+def test_an_error_becomes_its_exit_code_and_three_parts(
+    kind: type[VmbuildError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "up", fail_with(kind("it broke [red]", details="the facts", resolution="do this")))
+    assert cli.run(["up"]) == kind.exit_code
+    out, err = capsys.readouterr()
+    assert out == ""
+    for part in ("it broke [red]", "the facts", "do this"):
+        assert part in err
+
+
+def test_long_details_are_cut_to_their_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    details = "\n".join(f"line-{n}-" for n in range(100))
+    monkeypatch.setattr(build, "up", fail_with(HostError("x", details=details)))
+    cli.run(["up"])
+    err = capsys.readouterr().err
+    assert "line-99-" in err
+    assert "line-10-" not in err
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build, "up", fail_with(KeyboardInterrupt()))
+    assert cli.run(["up"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build, "up", fail_with(ZeroDivisionError("oops")))
+    assert cli.run(["up"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "defect in vmbuild" in err
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], ["build", "--nonsense"], ["up", "--cpus", "no"], ["build", "a", "b"]])
+def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(argv) == 2
+    assert capsys.readouterr().err
+
+
+def test_a_build_takes_dockers_options(built: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_ENV", "value")
+    argv = ["build", "ctx", "-t", "a:1", "-t", "b:2", "-f", "D", "--build-arg", "A=1", "--build-arg", "FROM_ENV"]
+    argv += ["--build-arg", "NOT_SET", "--label", "l=1", "--target", "one", "--no-cache", "--pull", "-o", "x.tar"]
+    argv += ["--iidfile", "iid", "--metadata-file", "meta", "--progress", "rawjson", "--cpus", "3", "--name", "n"]
+    assert cli.run(argv) == 0
+    request, job = built[0]
+    assert (request.name, request.cpus) == ("n", 3)
+    assert job == BuildRequest(
+        context="ctx",
+        tags=("a:1", "b:2"),
+        dockerfile="D",
+        build_args=("A=1", "FROM_ENV=value", "NOT_SET"),
+        labels=("l=1",),
+        target="one",
+        no_cache=True,
+        pull=True,
+        progress="rawjson",
+        output="x.tar",
+        iidfile=Path("iid"),
+        metadata_file=Path("meta"),
+    )
+
+
+def test_quiet_prints_the_id_alone(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["build", "-q", "."]) == 0
+    assert capsys.readouterr() == ("sha256:abc\n", "")
+
+
+def test_json_is_all_there_is_on_standard_output(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["build", "--json", "-t", "a:1", "."]) == 0
+    assert json.loads(capsys.readouterr().out)["tags"] == ["a:1"]
+
+
+def test_nothing_but_the_archive_goes_to_standard_output(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["build", "-o", "-", "-q", "."]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "argv", [["--platform", "linux/riscv64", "."], ["-f", "-", "-"], ["--progress", "loud", "."]], ids=str
+)
+def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str]) -> None:
+    assert cli.run(["build", *argv]) == 2
+    assert built == []
+
+
+def test_destroy_does_not_ask_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "destroy", fail_with(AssertionError("destroyed")))
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: PTH123, SIM115
+    assert cli.run(["destroy"]) == 2
+
+
+def test_a_machine_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["status", "nobody"]) == 2
+    assert "no machine named nobody" in capsys.readouterr().err
+    assert cli.run(["status", "one", "--name", "two"]) == 2
+
+
+def test_no_machines_is_an_empty_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_status_is_a_table_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = MachineStatus("m", "running", pid=7, ssh_port=1234, rss_bytes=2**30, folder=Path("/x"))
+    monkeypatch.setattr(build, "status", lambda *_: now)
+    assert cli.run(["status"]) == 0
+    assert "1.0 GiB" in capsys.readouterr().out
+    assert cli.run(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ssh_port"] == 1234
+
+
+def test_ssh_passes_everything_behind_the_dashes_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Record = []
+
+    def fake(*args: Any) -> int:
+        calls.append(args)
+        return 42
+
+    monkeypatch.setattr(build, "run_in_guest", fake)
+    assert cli.run(["ssh", "--name", "m", "--", "ls", "--name", "-h"]) == 42
+    assert calls[0][:2] == ("m", ("ls", "--name", "-h"))
+
+
+def test_the_shipped_image_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["images", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["digest"] for row in rows}["debian-13-arm64"] is None
+
+
+def test_config_shows_where_a_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["config", "--json", "--memory", "1G"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] == {"value": 2**30, "origin": "--memory"}
+
+
+def test_help_tells_every_exit_code_and_imports_nothing_heavy() -> None:
+    script = "import sys; from vmbuild import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    for code in EXIT_CODES:
+        assert f"\n  {code} " in done.stdout
+    for heavy in ("paramiko", "requests", "rich", "qemu", "debian", "cryptography"):
+        assert f"'{heavy}'" not in done.stderr

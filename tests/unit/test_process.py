@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import HostError
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+def test_run_returns_standard_output() -> None:
+    assert process.run(["cat"], stdin=b"in") == b"in"
+
+
+def test_a_failure_tells_command_exit_code_and_output() -> None:
+    with pytest.raises(process.CommandError) as caught:
+        process.run(["sh", "-c", "echo out; echo err >&2; exit 9"])
+    assert caught.value.code == 9
+    for part in ("sh -c", "out", "err", "exit code 9"):
+        assert part in caught.value.details
+
+
+def test_an_expected_exit_code_is_no_failure() -> None:
+    assert process.run(["sh", "-c", "echo two; exit 2"], expect=(0, 2)) == b"two\n"
+
+
+def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(HostError, match="sqfstar is not installed") as caught:
+        process.run(["sqfstar"])
+    assert "squashfs-tools" in caught.value.resolution
+
+
+def test_a_deadline_ends_a_program() -> None:
+    begun = time.monotonic()
+    with pytest.raises(HostError, match="did not end in time"):
+        process.run(["sleep", "30"], deadline=Deadline.after(0.2))
+    assert time.monotonic() - begun < 10
+
+
+def test_feed_writes_all_and_waits(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with process.feed(["sh", "-c", f"cat >{target}"]) as pipe:
+        pipe.write(b"x" * 1_000_000)
+    assert target.stat().st_size == 1_000_000
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_feed_tells_why_a_program_stopped_reading(size: int) -> None:
+    with (
+        pytest.raises(process.CommandError) as caught,
+        process.feed(["sh", "-c", "exec <&-; echo words >&2; exit 4"]) as pipe,
+    ):
+        time.sleep(0.2)
+        pipe.write(b"x" * size)
+    assert caught.value.code == 4
+    assert "words" in caught.value.output
+
+
+def test_feed_kills_the_program_when_the_block_fails(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with pytest.raises(KeyboardInterrupt), process.feed(["sh", "-c", f"echo $$ >{note}; exec sleep 60"]):
+        while not note.exists() or not note.read_text().strip():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+    assert not process.is_alive(int(note.read_text()))
+
+
+def test_a_detached_program_logs_and_tells_its_exit_code(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    exit_code = process.start_detached(
+        ["sh", "-c", "ps -o sid= -p $$ || true; echo done; exit 3"], cwd=tmp_path, log=log
+    )
+    end = Deadline.after(10)
+    while exit_code() is None and not end.passed:
+        end.sleep(0.02)
+    assert exit_code() == 3
+    assert "done" in log.read_text()
+
+
+def test_a_detached_program_is_no_part_of_this_session(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    exit_code = process.start_detached(
+        ["sh", "-c", f"echo $$ >{note}; exec sleep 60"], cwd=tmp_path, log=tmp_path / "l"
+    )
+    while not note.exists() or not note.read_text().strip():
+        time.sleep(0.02)
+    pid = int(note.read_text())
+    try:
+        assert os.getsid(pid) == pid
+    finally:
+        process.stop(pid)
+    assert exit_code() is not None
+
+
+def test_a_zombie_is_not_alive() -> None:
+    child = subprocess.Popen(["true"])
+    end = Deadline.after(10)
+    while process.is_alive(child.pid) and not end.passed:
+        end.sleep(0.01)
+    assert not process.is_alive(child.pid)
+    assert child.wait() == 0
+    assert not process.is_alive(child.pid)
+
+
+def test_stop_kills_who_does_not_listen_and_is_harmless_twice() -> None:
+    child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline() == b"up\n"
+    process.stop(child.pid, grace_s=0.3)
+    assert child.wait(5) == -signal.SIGKILL
+    child.stdout.close()
+    process.stop(child.pid)
+
+
+def test_facts_of_a_process() -> None:
+    assert "python" in process.command_line(os.getpid())
+    rss = process.rss_bytes(os.getpid())
+    assert rss is not None and rss > 1_000_000
+    assert process.rss_bytes(2**22 + 1) is None
+    assert process.command_line(2**22 + 1) == ""

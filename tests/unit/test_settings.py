@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vmbuild.errors import UsageError
+from vmbuild.model import GIB
+from vmbuild.settings import BY_KEY, SETTINGS, Settings, resolve, settings_table
+
+
+def resolved(tmp_path: Path, **flags: str) -> Settings:
+    return resolve(flags, {}, tmp_path, tmp_path / "none.toml")
+
+
+def test_the_nearest_place_wins(tmp_path: Path) -> None:
+    user = tmp_path / "config.toml"
+    user.write_text('cpus = 1\nmemory = "1G"\ndisk = "11G"\nname = "mine"\n')
+    (tmp_path / "vmbuild.toml").write_text('cpus = 2\nmemory = "2G"\ndisk = "12G"\n')
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    found = resolve({"cpus": "4"}, {"VMBUILD_CPUS": "3", "VMBUILD_MEMORY": "3G"}, below, user)
+    assert {key: (found[key], found.values[key].origin) for key in ("cpus", "memory", "disk", "name")} == {
+        "cpus": (4, "--cpus"),
+        "memory": (3 * GIB, "environment VMBUILD_MEMORY"),
+        "disk": (12 * GIB, str(tmp_path / "vmbuild.toml")),
+        "name": ("mine", str(user)),
+    }
+    assert found["image"] == "debian-13-arm64"
+    assert found.values["image"].origin == "default"
+
+
+def test_a_request_names_what_was_chosen(tmp_path: Path) -> None:
+    request = resolved(tmp_path, cpus="3", memory="1500M", disk="5G").as_request()
+    assert (request.cpus, request.memory_mib, request.disk_bytes) == (3, 1500, 5 * GIB)
+    assert request.given == {"cpus", "memory", "disk"}
+
+
+def test_the_defaults_fit_the_host(tmp_path: Path) -> None:
+    request = resolved(tmp_path).as_request()
+    assert request.cpus >= 1
+    assert 512 <= request.memory_mib <= 4096
+    assert request.given == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("cpus", text) for text in ("0", "-1", "two", "1.5", "513", "")),
+        *(("memory", text) for text in ("4", "100M", "much", "0")),
+        *(("disk", text) for text in ("10M", "-1G")),
+        *(("timeout", text) for text in ("0", "-5s", "soon", "inf", "nan")),
+        *(("mirror", text) for text in ("ftp://x", "debian")),
+    ],
+)
+def test_nonsense_is_refused_with_its_origin(tmp_path: Path, key: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"from {BY_KEY[key].flag}"):
+        resolved(tmp_path, **{key: text})
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_times_as_people_write_them(tmp_path: Path, text: str, seconds: float) -> None:
+    assert resolved(tmp_path, timeout=text)["timeout"] == seconds
+
+
+def test_an_unknown_key_is_told_with_a_near_one(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_text("cpu = 2\n")
+    with pytest.raises(UsageError, match="'cpu'") as caught:
+        resolved(tmp_path)
+    assert "'cpus'" in caught.value.resolution
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_text("cpus = = 2\n")
+    with pytest.raises(UsageError, match="cannot read"):
+        resolved(tmp_path)
+
+
+@pytest.mark.parametrize("key", sorted(setting.key for setting in SETTINGS if setting.trusted_only))
+def test_a_project_may_not_say_where_files_go(tmp_path: Path, key: str) -> None:
+    (tmp_path / "vmbuild.toml").write_text(f'{key} = "http://x"\n')
+    with pytest.raises(UsageError, match="must not set") as caught:
+        resolved(tmp_path)
+    assert BY_KEY[key].env in caught.value.resolution
+
+
+def test_an_empty_variable_is_no_value(tmp_path: Path) -> None:
+    assert resolve({}, {"VMBUILD_NAME": ""}, tmp_path, tmp_path / "none.toml")["name"] == "default"
+
+
+def test_every_setting_is_in_the_table() -> None:
+    table = settings_table()
+    assert all(setting.env in table for setting in SETTINGS)
