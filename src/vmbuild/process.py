@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -89,24 +90,25 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
     Raises CommandError when it fails.
     """
     argv = [find_program(argv[0]), *argv[1:]]
-    program = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert program.stdin is not None and program.stderr is not None  # noqa: S101 - both are pipes
-    try:
-        with suppress(BrokenPipeError):  # its exit code says why it stopped reading
-            yield program.stdin
-        with suppress(BrokenPipeError):  # what the pipe still buffers is written now
-            program.stdin.close()
-        errors = program.stderr.read()
-    except BaseException:
-        program.kill()
-        with suppress(BrokenPipeError):
-            program.stdin.close()
-        raise
-    finally:
-        program.wait()
-        program.stderr.close()
+    with tempfile.TemporaryFile() as errors:  # a pipe would fill up while we write
+        program = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors)
+        assert program.stdin is not None  # noqa: S101 - it is a pipe
+        try:
+            with suppress(BrokenPipeError):  # its exit code says why it stopped reading
+                yield program.stdin
+            with suppress(BrokenPipeError):  # what the pipe still buffers is written now
+                program.stdin.close()
+        except BaseException:
+            program.kill()
+            with suppress(BrokenPipeError):
+                program.stdin.close()
+            raise
+        finally:
+            program.wait()
+        errors.seek(0)
+        words = errors.read().decode(errors="replace")
     if program.returncode != 0:
-        raise CommandError(argv, program.returncode, errors.decode(errors="replace"))
+        raise CommandError(argv, program.returncode, words)
 
 
 def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> Callable[[], int | None]:

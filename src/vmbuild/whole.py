@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from vmbuild.errors import HostError
+
+OURS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EISDIR, errno.EACCES, errno.ENOENT)
 
 
 @contextmanager
@@ -31,7 +34,9 @@ def open_whole(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
         Path(part).chmod(mode)
         Path(part).replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        if error.errno in OURS:
+            raise _cannot_write(path, error) from error
+        raise  # of the caller's own work: a connection, a file that it reads
     finally:
         Path(part).unlink(missing_ok=True)
 

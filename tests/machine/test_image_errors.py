@@ -95,7 +95,7 @@ def assembled(cli: Cli) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("unsigned", "signature"), ("wrong-bytes", "SHA-256"), ("truncated", "broke off")]
+    ("fault", "words"), [("unsigned", "signature"), ("wrong-bytes", "SHA-256"), ("truncated", "connection broke")]
 )
 def test_a_mirror_that_cannot_be_trusted(empty: Cli, mirror: Mirror, fault: str, words: str) -> None:
     mirror.fault = fault

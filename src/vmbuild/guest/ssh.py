@@ -74,8 +74,7 @@ class SshSession:
             channel = self._transport.open_session(WINDOW_BYTES, timeout=deadline.remaining_s(60))
             if terminal is not None:
                 channel.get_pty("xterm-256color", *terminal)
-            # The shell tells its process id and becomes the program: so it can be ended later, over another channel.
-            channel.exec_command(f"echo $$; exec {shlex.join(argv)}")
+            channel.exec_command(_tell_group(argv, has_session=terminal is not None))
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise GuestError("the connection to the guest broke", details=str(error)) from error
         return _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch).to_the_end(self._signal)
@@ -91,6 +90,15 @@ class SshSession:
     def close(self) -> None:
         """End the connection. Twice is harmless."""
         self._transport.close()
+
+
+def _tell_group(argv: Sequence[str], *, has_session: bool) -> str:
+    """Return a command line that prints its process group and becomes the program: so it can be ended later.
+
+    With a terminal the SSH server has made a session for it; without one it would share the server's own group.
+    """
+    script = f"echo $$; exec {shlex.join(argv)}"
+    return script if has_session else f"exec setsid sh -c {shlex.quote(script)}"
 
 
 class _Run:

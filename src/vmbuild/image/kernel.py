@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -72,9 +72,31 @@ def _elf_section(data: bytes, wanted: bytes) -> bytes:
 def load_order(modules: Mapping[str, Module], wanted: Iterable[str], builtin: frozenset[str]) -> list[Module]:
     """Return the wanted modules, each after what it depends on; built-in ones are left out.
 
-    Raises GuestImageError for a module that the kernel has neither built in nor as a module.
+    Soft dependencies come too where the kernel has them, in their order as far as the hard ones allow. Raises
+    GuestImageError for a module that the kernel has neither built in nor as a module.
     """
-    order: dict[str, Module] = {}
+
+    def around(module: Module) -> tuple[Iterable[str], Iterable[str]]:
+        soft = filter(modules.__contains__, module.soft_depends)
+        return (*module.depends, *soft), filter(modules.__contains__, module.followers)
+
+    softly = _walk(modules, wanted, builtin, around)
+    # A soft wish may contradict a hard need; a second walk over needs alone settles it.
+    return _hard_order(modules, [module.name for module in softly], builtin)
+
+
+def _hard_order(modules: Mapping[str, Module], wanted: Iterable[str], builtin: frozenset[str]) -> list[Module]:
+    return _walk(modules, wanted, builtin, lambda module: (module.depends, ()))
+
+
+Around = Callable[[Module], tuple[Iterable[str], Iterable[str]]]
+"""What is loaded before a module and what after it, by name."""
+
+
+def _walk(
+    modules: Mapping[str, Module], wanted: Iterable[str], builtin: frozenset[str], around: Around
+) -> list[Module]:
+    order: list[Module] = []
     visited = set(builtin)  # soft dependencies can go in circles
 
     def visit(name: str) -> None:
@@ -83,19 +105,16 @@ def load_order(modules: Mapping[str, Module], wanted: Iterable[str], builtin: fr
         visited.add(name)
         if name not in modules:
             raise GuestImageError(f"the kernel package has no module {name}")
-        for need in modules[name].depends:
-            visit(need)
-        for need in modules[name].soft_depends:
-            if need in modules:
-                visit(need)
-        order[name] = modules[name]
-        for follower in modules[name].followers:
-            if follower in modules:
-                visit(follower)
+        before, after = around(modules[name])
+        for other in before:
+            visit(other)
+        order.append(modules[name])
+        for other in after:
+            visit(other)
 
     for name in wanted:
         visit(_name(name))
-    return list(order.values())
+    return order
 
 
 def builtin_modules(modules_builtin: str) -> frozenset[str]:
@@ -107,7 +126,7 @@ def module_tables(folder: str, modules: Mapping[str, Module], builtin: frozenset
     """Return `modules.dep` and `modules.alias` for a module folder, as depmod would write them (modules.dep(5))."""
     dep, alias = [], []
     for module in modules.values():
-        needs = [need for need in load_order(modules, [module.name], builtin) if need is not module]
+        needs = [need for need in _hard_order(modules, [module.name], builtin) if need is not module]
         paths = " ".join(str(PurePosixPath(need.path).relative_to(folder)) for need in reversed(needs))
         dep.append(f"{PurePosixPath(module.path).relative_to(folder)}: {paths}".rstrip())
         alias += [f"alias {name} {module.name}" for name in module.aliases]

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 from debian.arfile import ArError, ArFile
@@ -31,7 +31,7 @@ def open_part(deb: Path, part: str) -> Iterator[tarfile.TarFile]:
     """
     try:
         with deb.open("rb") as file:
-            archive = ArFile(fileobj=file)
+            archive = _open_ar(file)
             name = next((name for name in archive.getnames() if name.startswith(f"{part}.tar")), None)
             if name is None:
                 raise ArError(f"it has no {part}.tar")
@@ -43,6 +43,13 @@ def open_part(deb: Path, part: str) -> Iterator[tarfile.TarFile]:
             details=str(error),
             resolution="Delete it and run the command again.",
         ) from error
+
+
+def _open_ar(file: BinaryIO) -> ArFile:
+    try:
+        return ArFile(fileobj=file)
+    except OSError as error:  # python-debian's word for a cut header
+        raise ArError(str(error)) from error
 
 
 def _decompress(name: str, member: Any) -> Any:

@@ -51,6 +51,8 @@ def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
         return _load(spec, cache, digest)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(cache, error) from error
 
 
 def verify(cache: Path) -> list[Check]:
@@ -89,10 +91,7 @@ def _lock(cache: Path, name: str, report: Reporter) -> Iterator[None]:
     try:
         (cache / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HostError(
-            f"cannot make the cache folder {cache}: {error.strerror}",
-            resolution="Set VMBUILD_CACHE_DIR to a folder that you may write.",
-        ) from error
+        raise _unusable(cache, error) from error
     lock = FileLock(cache / "images" / f"{name}.lock")
     try:
         lock.acquire(blocking=False)
@@ -103,6 +102,13 @@ def _lock(cache: Path, name: str, report: Reporter) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _unusable(cache: Path, error: OSError) -> HostError:
+    return HostError(
+        f"cannot use the cache folder {cache}: {error.strerror}",
+        resolution="Set VMBUILD_CACHE_DIR to a folder that you may write.",
+    )
 
 
 def _pointer(spec: ImageSpec, cache: Path) -> Path:

@@ -275,7 +275,6 @@ def test_folder_that_cannot_be_made_is_the_hosts_fault(
         make(spec, cache)
 
 
-@pytest.mark.xfail(raises=NotADirectoryError, strict=True, reason="find passes on every OSError but FileNotFoundError")
 @pytest.mark.usefixtures("assembler")
 def test_file_in_the_place_of_the_cache_is_the_hosts_fault(spec: ImageSpec, cache: Path) -> None:
     cache.write_text("in the way")
