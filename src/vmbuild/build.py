@@ -207,7 +207,7 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
         with docker.workspace(session) as work:
             if not plan.layer.exists():
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-                docker.unpack_tree(session, work, lambda sink: base_image.write_compressed(plan, sink, report))
+                docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report))
                 report.step("Configuring the packages in the guest")
                 with report.meter("configure", len(plan.packages), unit="packages") as meter:
                     docker.configure_tree(session, work, meter)

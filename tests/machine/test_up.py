@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,26 @@ def test_down_leaves_the_disk_and_nothing_that_runs(machine: Cli) -> None:
     machine.ok("up")
     assert machine.guest("cat /var/lib/vmbuild/down").strip() == "kept"
     assert "recovering journal" not in machine.guest("cat /run/vmbuild/e2fsck.log")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+def test_a_full_host_disk_pauses_the_machine_and_loses_nothing(cli: Cli, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(small)], check=True)
+    full = Cli(cli.cache, small, "full")
+    fill = "for i in 1 2 3 4 5 6 7 8; do dd if=/dev/urandom of=/disk/fill.$i bs=1M count=50 && sync; done; echo filled"
+    try:
+        full.ok("up")
+        full.guest("echo kept >/disk/kept; sync")
+        done = full.run("ssh", "--", "sh", "-c", fill)
+        assert done.code == 3, done.err
+        assert "paused because the host's disk is full" in done.err
+        assert full.ok("status", "--json").json()["state"] == "paused"
+        assert full.run("up").code == 3
+        subprocess.run(["mount", "-o", "remount,size=900m", str(small)], check=True)
+        full.ok("up")
+        assert full.guest("cat /disk/kept").strip() == "kept"
+    finally:
+        full.run("destroy", "--yes")
+        subprocess.run(["umount", str(small)], check=True)

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import zstandard
+
 from vmbuild.errors import GuestError, UsageError
-from vmbuild.guest.session import Session, capture
+from vmbuild.guest.session import Output, Session, capture
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import open_whole
 
@@ -32,10 +34,16 @@ Known = Callable[[str], Path | None]
 
 @dataclass(frozen=True)
 class Blob:
-    """A blob that a manifest names: the hexadecimal part of its SHA-256, and its size in bytes."""
+    """A blob that a manifest names: the hexadecimal part of its SHA-256, its size in bytes, its media type."""
 
     digest: str
     size: int
+    media_type: str
+
+    @property
+    def is_compressed(self) -> bool:
+        """Tell whether its content is compressed already."""
+        return self.media_type.endswith(("gzip", "zstd"))
 
     @classmethod
     def from_descriptor(cls, descriptor: dict[str, object]) -> Blob:
@@ -43,7 +51,7 @@ class Blob:
         algorithm, _, digest = str(descriptor["digest"]).partition(":")
         if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
             raise GuestError(f"the guest names a blob by {descriptor['digest']}, which is no SHA-256")
-        return cls(digest, int(str(descriptor["size"])))
+        return cls(digest, int(str(descriptor["size"])), str(descriptor["mediaType"]))
 
 
 @contextmanager
@@ -108,11 +116,23 @@ def _copy_blob(session: Session, blob: Blob, archive: _Archive, local: Path | No
         with local.open("rb") as file:
             while data := file.read(CHUNK_BYTES):
                 take(data)
-    elif session.run(["cat", f"{BLOBS}/{blob.digest}"], on_stdout=take) != 0:
-        raise GuestError(f"the blob {blob.digest} is not in the guest")
+    else:
+        _pull_blob(session, blob, take)
     if digest.hexdigest() != blob.digest:
         raise GuestError(f"the blob {blob.digest} came out of the guest with other content")
     archive.end()
+
+
+def _pull_blob(session: Session, blob: Blob, take: Output) -> None:
+    """Read a blob in the guest; what is not compressed is compressed for the way (docs/design.md)."""
+    path = f"{BLOBS}/{blob.digest}"
+    if blob.is_compressed:
+        code = session.run(["cat", path], on_stdout=take)
+    else:
+        unpack = zstandard.ZstdDecompressor().decompressobj()
+        code = session.run(["zstd", "-q", "-1", "-c", path], on_stdout=lambda data: take(unpack.decompress(data)))
+    if code != 0:
+        raise GuestError(f"the blob {blob.digest} is not in the guest")
 
 
 def _indexes(

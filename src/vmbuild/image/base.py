@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, cast
 
 import zstandard
 from debian.deb822 import Deb822
@@ -181,10 +180,9 @@ def _source(repository: Repository, mirrors: Mapping[str, str]) -> str:
     )
 
 
-def write_compressed(plan: BasePlan, sink: Writable, report: Reporter) -> None:
-    """Write the unpacked tree as a zstd-compressed tar stream."""
-    with zstandard.ZstdCompressor(level=3).stream_writer(cast(IO[bytes], sink), closefd=False) as out:
-        write_base(plan.spec, plan.packages, plan.downloads, plan.sources, out, report)
+def write_plan(plan: BasePlan, out: Writable, report: Reporter) -> None:
+    """Write the plan's unpacked tree as a tar stream."""
+    write_base(plan.spec, plan.packages, plan.downloads, plan.sources, out, report)
 
 
 @contextmanager
