@@ -49,7 +49,6 @@ def up(request: MachineRequest, home: Home, report: Reporter) -> MachineStatus:
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
-    deadline = Deadline.after(request.timeout_s)
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         started = _ensure_running(request, files, home, report)
@@ -57,7 +56,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
         session = ready.wait_ready(
             lambda limit: _connect(files, limit),
             lambda: lifetime.check_running(files),
-            deadline,
+            Deadline.after(request.timeout_s),
             report,
         )
     except BaseException:
@@ -150,35 +149,49 @@ def build(
     """Build a container image in the guest and bring it back. Raises BuildError when a step of the Dockerfile fails."""
     begun = time.monotonic()
     source = None if _is_remote(job.context) else context.open_context(Path(job.context), job.dockerfile, stdin)
+    size = 0
     with (
         archive.open_output(job.output, stdout) as out,
         open_session(request, home, report) as session,
         docker.workspace(session) as work,
     ):
-        sent = 0
-        feed: Feed | None = None
-        if source is None:
-            where, dockerfile = job.context, job.dockerfile
-            feed = copy_from(stdin) if job.context == "-" else None
-        else:
-            report.step("Sending the build context")
-            where, dockerfile = work.context, source.dockerfile_inside
-            with report.meter("context", None) as meter:
-                sent = docker.unpack_context(session, work, source.write_tar, meter)
-            if dockerfile is None:
-                docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
-            dockerfile = f"{work.context}/{dockerfile}" if dockerfile else work.dockerfile
+        placed = _place_context(source, session, work, report) if source else _leave_context(job, stdin)
         report.step("Building")
-        argv = docker.build_argv(job, work, where, dockerfile)
-        docker.run_build(session, argv, report.output, feed=feed, terminal=job.terminal, quiet=job.quiet)
+        argv = docker.build_argv(job, work, placed.where, placed.dockerfile)
+        docker.run_build(session, argv, report.output, feed=placed.feed, terminal=job.terminal, quiet=job.quiet)
         image_id, metadata = docker.image_id(session, work)
-        size = 0
         if job.output is not None:
             report.step("Bringing the container image back")
             known = base_image.known_layers(home.cache)
             size = archive.write_archive(session, image_id, job.tags, out, known, report)
     _write_result_files(job, image_id, metadata)
-    return BuildResult(image_id, job.tags, job.output, size, sent, time.monotonic() - begun)
+    return BuildResult(image_id, job.tags, job.output, size, placed.sent_bytes, time.monotonic() - begun)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A context as the guest sees it: where it is, its Dockerfile, and what goes to the build's standard input."""
+
+    where: str
+    dockerfile: str | None
+    feed: Feed | None = None
+    sent_bytes: int = 0
+
+
+def _place_context(source: context.Context, session: Session, work: docker.Workspace, report: Reporter) -> Placed:
+    """Send a folder of the host into the guest."""
+    report.step("Sending the build context")
+    with report.meter("context", None) as meter:
+        sent = docker.unpack_context(session, work, source.write_tar, meter)
+    if source.dockerfile_inside is not None:
+        return Placed(work.context, f"{work.context}/{source.dockerfile_inside}", None, sent)
+    docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
+    return Placed(work.context, work.dockerfile, None, sent)
+
+
+def _leave_context(job: BuildRequest, stdin: BinaryIO) -> Placed:
+    """Leave a context to Docker that is Docker's to fetch."""
+    return Placed(job.context, job.dockerfile, copy_from(stdin) if job.context == "-" else None)
 
 
 def _is_remote(text: str) -> bool:

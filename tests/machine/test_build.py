@@ -6,13 +6,15 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import tarfile
 from pathlib import Path
 
+import pexpect
 import pytest
 
-from tests.machine.conftest import BASE, Cli, interrupt, wait_until
+from tests.machine.conftest import BASE, CLI, Cli, interrupt, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -175,3 +177,35 @@ def test_a_full_disk_costs_the_archive_and_nothing_else(based: Cli, context: Pat
     finally:
         subprocess.run(["umount", str(small)], check=True)
     based.ok("build", str(context), "-t", "full:1", "-o", str(tmp_path / "out.tar"))
+
+
+def test_a_git_repository_as_context(based: Cli, context: Path, tmp_path: Path) -> None:
+    write(context, "COPY who /who\n")
+    (context / "who").write_text("git\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-C", str(context)]
+    for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", str(context), str(tmp_path / "repo.git")], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve = ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={tmp_path}"]
+    daemon = subprocess.Popen([*serve, "--reuseaddr", str(tmp_path)])
+    try:
+        based.ok("build", f"git://10.0.2.2:{port}/repo.git#main", "-t", "git:1")
+    finally:
+        daemon.terminate()
+        daemon.wait()
+    assert based.guest("docker run --rm git:1 cat /who") == "git\n"
+
+
+def test_buildkit_draws_on_a_terminal(based: Cli, context: Path) -> None:
+    write(context, "RUN echo drawn\n")
+    program = pexpect.spawn(
+        str(CLI), ["build", str(context), "-t", "drawn:1"], env=based.env, timeout=120, dimensions=(30, 100)
+    )
+    program.expect(r"\[\+\] Building")
+    program.expect("Built drawn:1")
+    program.expect(pexpect.EOF)
+    program.close()
+    assert program.exitstatus == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.conftest import Cli, wait_until
+from tests.machine.conftest import Cli, interrupt, wait_until
 from vmbuild import process
 from vmbuild.guest import keys
 
@@ -130,3 +130,18 @@ def test_a_full_host_disk_pauses_the_machine_and_loses_nothing(cli: Cli, tmp_pat
     finally:
         full.run("destroy", "--yes")
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_ctrl_c_while_starting_leaves_nothing_that_runs(cli: Cli) -> None:
+    other = cli.named("hasty")
+    program = other.start("up")
+    wait_until(lambda: b"running" in other.run("status", "--json").out, "QEMU runs", 60)
+    assert interrupt(program).code == 130
+    assert other.ok("status", "--json").json()["state"] == "stopped"
+    other.ok("up")
+    other.ok("destroy", "--yes")
+
+
+def test_the_console_gives_a_shell(machine: Cli) -> None:
+    done = machine.ok("console", stdin=b"echo console-$((6 * 7))\n")
+    assert b"console-42" in done.out
