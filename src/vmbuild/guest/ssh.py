@@ -254,6 +254,7 @@ def _open_transport(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transpor
         transport.banner_timeout = deadline.remaining_s(5)
         try:
             transport.start_client(timeout=deadline.remaining_s(15))
+            transport.get_remote_server_key()  # raises where start_client, its time up, just returns
         except BaseException:
             transport.close()
             raise
