@@ -51,7 +51,14 @@ def _settings(flags: dict[str, Any], positional: str | None = None) -> Settings:
     if positional is not None and flags.get("name") not in (None, positional):
         raise UsageError(f"two names: {positional} and {flags['name']}", resolution="Give one.")
     given = {**flags, "name": positional or flags.get("name")}
-    return s.resolve(given, os.environ, Path.cwd())
+    return s.resolve(given, os.environ, _current_folder())
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise HostError("the current folder does not exist any more", resolution="Go to another one.") from error
 
 
 def _reporter(*, quiet: bool = False) -> TerminalReporter:
@@ -103,7 +110,7 @@ def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> No
 
     job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
     job = {key: flags.pop(key) for key in job_keys}
-    _check_job(job)
+    _check_job(job, as_json)
     found = _settings(flags)
     terminal = _terminal(progress, quiet)
     request = BuildRequest(
@@ -124,9 +131,11 @@ def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> No
         ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
 
 
-def _check_job(job: dict[str, Any]) -> None:
+def _check_job(job: dict[str, Any], as_json: bool) -> None:
     if job["output"] == "-" and sys.stdout.isatty():
         raise UsageError("cannot write an archive to a terminal", resolution="Use -o FILE, or redirect.")
+    if job["output"] == "-" and as_json:
+        raise UsageError("standard output cannot carry both the archive and JSON", resolution="Use -o FILE.")
     if job["platform"] not in ("linux/arm64", "linux/arm64/v8"):
         raise UsageError(f"this machine does not build for {job['platform']}", resolution="Use linux/arm64.")
     if job["context"] == "-" and job["dockerfile"] == "-":
@@ -196,7 +205,10 @@ def list_command(as_json: bool) -> None:
         ui.print_json(machines)
         return
     columns = ("name", "state", "cpus", "memory", "ssh", "image")
-    rows = [(m.name, m.state, m.cpus, f"{m.memory_mib} MiB", m.ssh_port, m.image) for m in machines]
+    rows = [
+        (m.name, m.state, m.cpus, f"{m.memory_mib} MiB" if m.memory_mib else None, m.ssh_port, m.image)
+        for m in machines
+    ]
     ui.print_table(columns, rows)
 
 
@@ -226,7 +238,9 @@ def console(positional: str | None, **flags: Any) -> None:
 @app.command()
 @name_argument
 @name_option
-@click.option("-n", "--lines", default=0, metavar="N", help="Show the last N lines; 0 shows all.")
+@click.option(
+    "-n", "--lines", default=0, type=click.IntRange(min=0), metavar="N", help="Show the last N lines; 0 shows all."
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on as the guest writes.")
 def logs(positional: str | None, lines: int, follow: bool, **flags: Any) -> None:
     """Show what the guest wrote to its console."""

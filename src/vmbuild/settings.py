@@ -92,7 +92,10 @@ def _parse_url(text: str) -> str:
 
 
 def _parse_folder(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~somebody, whom this host does not know
+        raise ValueError(str(error)) from error
 
 
 def _host_cpus() -> str:
@@ -174,7 +177,7 @@ def resolve(
     """
     user_config = user_config or Path(platformdirs.user_config_dir("vmbuild")) / "config.toml"
     project = find_project_file(cwd)
-    files = [(path, _read_file(path)) for path in (project, user_config) if path is not None and path.is_file()]
+    files = [(path, _read_file(path)) for path in (project, user_config) if path is not None and _is_file(path)]
     if project is not None:
         _refuse_untrusted(project, files[0][1])
     return Settings({setting.key: _choose(setting, flags, env, files) for setting in SETTINGS})
@@ -183,13 +186,21 @@ def resolve(
 def find_project_file(cwd: Path) -> Path | None:
     """Return the `vmbuild.toml` of this folder or the nearest one above it, None when there is none."""
     candidates = (folder / PROJECT_FILE for folder in (cwd, *cwd.parents))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if _is_file(path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; in a folder that may not be searched, as after `su`, there is none."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
 
 
 def _read_file(path: Path) -> dict[str, str]:
     try:
-        found = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        found = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError) as error:  # ValueError: no TOML, or no text at all
         raise UsageError(f"cannot read {path}", details=str(error)) from error
     for key in found:
         if key not in BY_KEY:
@@ -220,7 +231,7 @@ def _choose(
         return Value(setting.parse(text), text, origin)
     except UsageError as error:
         raise UsageError(f"{error.brief} (from {origin})", resolution=error.resolution) from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(
             f"{text!r} is no value for {setting.key} (from {origin})", resolution=f"{setting.metavar}: {setting.help}"
         ) from error

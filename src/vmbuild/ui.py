@@ -23,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from vmbuild.errors import VmbuildError
 from vmbuild.model import format_size
@@ -30,6 +31,8 @@ from vmbuild.report import Meter
 
 PLAIN_EVERY_S = 5.0
 MAX_DETAIL_LINES = 40
+PIPE_COLUMNS = 10_000
+"""How wide a table may be where nobody folds lines: rich would cut its cells to 80 columns."""
 
 
 class TerminalReporter:
@@ -42,11 +45,11 @@ class TerminalReporter:
     def step(self, text: str) -> None:
         """Show what begins now."""
         if not self._quiet:
-            self._console.print(f"[bold cyan]>[/] {_plain(text)}")
+            _print_line(self._console, (">", "bold cyan"), f" {text}")
 
     def warn(self, text: str) -> None:
         """Show a warning."""
-        self._console.print(f"[bold yellow]warning:[/] {_plain(text)}")
+        _print_line(self._console, ("warning:", "bold yellow"), f" {text}")
 
     def output(self, data: bytes) -> None:
         """Pass bytes on as they are."""
@@ -56,11 +59,10 @@ class TerminalReporter:
 
     def meter(self, label: str, total: int | None, *, unit: str = "B") -> AbstractContextManager[Meter]:
         """Show a bar on a terminal, now and then a line elsewhere."""
-        if self._quiet:
-            return _lines(None, label, total, unit)
-        return (
-            _bar(self._console, label, total, unit) if self._console.is_terminal else _lines(self, label, total, unit)
-        )
+        # Not rich's is_terminal: a CI that forces colour would get a bar in its log.
+        if self._quiet or not sys.stderr.isatty() or self._console.is_dumb_terminal:
+            return _lines(None if self._quiet else self, label, total, unit)
+        return _bar(self._console, label, total, unit)
 
 
 @contextmanager
@@ -84,6 +86,7 @@ def _bar(console: Console, label: str, total: int | None, unit: str) -> Iterator
 @contextmanager
 def _lines(reporter: TerminalReporter | None, label: str, total: int | None, unit: str) -> Iterator[Meter]:
     meter = _LineMeter(reporter, label, total, unit)
+    meter.begin()
     yield meter
     meter.finish()
 
@@ -101,6 +104,10 @@ class _LineMeter:
         if time.monotonic() - self._shown >= PLAIN_EVERY_S:
             self._show()
 
+    def begin(self) -> None:
+        if self._reporter is not None and self._total:
+            self._reporter.step(f"{self._label}: {self._amount(self._total)}")
+
     def finish(self) -> None:
         if self._done:
             self._show()
@@ -117,27 +124,27 @@ class _LineMeter:
         return format_size(count) if self._unit == "B" else f"{count} {self._unit}"
 
 
-def _plain(text: str) -> str:
-    """Return text that rich does not read as markup."""
-    return text.replace("[", "\\[")
+def _print_line(console: Console, *parts: str | tuple[str, str]) -> None:
+    """Print parts, each with its style, as they are: what others wrote is no markup, holds no emoji, is not folded."""
+    console.print(Text.assemble(*parts), soft_wrap=True)
 
 
 def show_error(error: VmbuildError) -> None:
     """Show what went wrong, the facts, and what to do."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {_plain(error.brief)}")
+    console = Console(stderr=True, highlight=False)
+    _print_line(console, ("error:", "bold red"), f" {error.brief}")
     lines = error.details.strip().splitlines()
     if len(lines) > MAX_DETAIL_LINES:
         lines = ["...", *lines[-MAX_DETAIL_LINES:]]
     for line in lines:
-        console.print(f"  [dim]{_plain(line)}[/]")
+        _print_line(console, (f"  {line}", "dim"))
     if error.resolution:
-        console.print(f"  {_plain(error.resolution)}")
+        _print_line(console, f"  {error.resolution}")
 
 
 def say(text: str) -> None:
     """Say a sentence to the person, not to a pipe."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(_plain(text))
+    _print_line(Console(stderr=True, highlight=False), text)
 
 
 def print_json(value: Any) -> None:
@@ -160,6 +167,5 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     """Print a table on standard output; `-` stands for what is not there."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*("-" if cell is None else _plain(str(cell)) for cell in row))
-    console = Console(highlight=False)
-    console.print(table, soft_wrap=not console.is_terminal)
+        table.add_row(*(Text("-" if cell is None else str(cell), overflow="fold") for cell in row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)

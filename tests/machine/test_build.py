@@ -142,7 +142,8 @@ def test_the_archive_on_standard_output(based: Cli, context: Path, tmp_path: Pat
 
 
 def test_twenty_thousand_small_files(based: Cli, context: Path) -> None:
-    write(context, "COPY . /c\nRUN find /c -type f | wc -l >/count\n")
+    # Mounted, not copied: BuildKit, emulated, takes milliseconds a file for each time that it touches it.
+    write(context, "RUN --mount=type=bind,target=/c find /c -type f | wc -l >/count\n")
     for folder in range(100):
         (context / f"d{folder}").mkdir()
         for number in range(200):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,7 +140,9 @@ def test_nothing_but_the_archive_goes_to_standard_output(built: Record, capsys: 
 
 
 @pytest.mark.parametrize(
-    "argv", [["--platform", "linux/riscv64", "."], ["-f", "-", "-"], ["--progress", "loud", "."]], ids=str
+    "argv",
+    [["--platform", "linux/riscv64", "."], ["-f", "-", "-"], ["--progress", "loud", "."], ["--json", "-o", "-", "."]],
+    ids=str,
 )
 def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str]) -> None:
     assert cli.run(["build", *argv]) == 2
@@ -202,3 +205,24 @@ def test_help_tells_every_exit_code_and_imports_nothing_heavy() -> None:
         assert f"\n  {code} " in done.stdout
     for heavy in ("paramiko", "requests", "rich", "qemu", "debian", "cryptography"):
         assert f"'{heavy}'" not in done.stderr
+
+
+def test_a_folder_that_is_gone_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "gone").mkdir()
+    os.chdir(home / "gone")
+    (home / "gone").rmdir()
+    assert cli.run(["config"]) == 3
+    assert "folder" in capsys.readouterr().err
+
+
+def test_a_machine_whose_facts_are_lost_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "list_machines", lambda _: [MachineStatus("m", "broken")])
+    assert cli.run(["list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["m", "broken", "-", "-", "-", "-"]
+
+
+def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "logs", fail_with(AssertionError("asked")))
+    assert cli.run(["logs", "--lines", "-5"]) == 2

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,8 @@ def test_the_defaults_fit_the_host(tmp_path: Path) -> None:
     ("key", "text"),
     [
         *(("cpus", text) for text in ("0", "-1", "two", "1.5", "513", "")),
-        *(("memory", text) for text in ("4", "100M", "much", "0")),
+        *(("memory", text) for text in ("4", "100M", "much", "0", "9" * 5000)),
+        ("cache_dir", "~nobody-by-this-name/x"),
         *(("disk", text) for text in ("10M", "-1G")),
         *(("timeout", text) for text in ("0", "-5s", "soon", "inf", "nan")),
         *(("mirror", text) for text in ("ftp://x", "debian")),
@@ -91,3 +95,31 @@ def test_an_empty_variable_is_no_value(tmp_path: Path) -> None:
 def test_every_setting_is_in_the_table() -> None:
     table = settings_table()
     assert all(setting.env in table for setting in SETTINGS)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_bytes(b'name = "\xff"')
+    with pytest.raises(UsageError, match="cannot read"):
+        resolved(tmp_path)
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_text("# \u00e4\ncpus = 2\n", encoding="utf-8")
+    script = (
+        "from pathlib import Path; from vmbuild.settings import resolve; print(resolve({}, {}, Path.cwd())['cpus'])"
+    )
+    env = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, check=True)
+    assert done.stdout == b"2\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_may_not_be_searched_is_passed_over(tmp_path: Path) -> None:
+    """As after `su user` in a folder of root: the folder, and the old HOME, are closed."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o700)
+    os.seteuid(65534)
+    try:
+        assert resolve({}, {}, locked, locked / "config.toml")["name"] == "default"
+    finally:
+        os.seteuid(0)

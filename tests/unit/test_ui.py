@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 
 from vmbuild import ui
+from vmbuild.errors import HostError
 from vmbuild.model import MachineStatus
 
 
@@ -17,7 +19,8 @@ def test_a_log_shows_that_work_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: 
             now += 2
             meter.advance(2**20)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4  # after 6, 12 and 18 seconds, and at the end
+    assert len(lines) == 5  # at the start, after 6, 12 and 18 seconds, and at the end
+    assert lines[0] == "> download: 10.0 MiB"
     assert lines[-1] == "> download: 10.0 MiB of 10.0 MiB in 20 s, 512.0 KiB/s"
 
 
@@ -43,3 +46,67 @@ def test_values_become_plain_data(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_says_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     ui.print_table(("a", "b"), [("[x]", None)])
     assert capsys.readouterr().out.split() == ["a", "b", "[x]", "-"]
+
+
+LONG = "/a/long/path" * 20
+TRAPS = ["ends in a backslash \\", "tag:100:smile:", "\\[red]x[/]", "[/]", LONG]
+"""What rich would read as markup or an emoji, or fold."""
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_text_of_others_is_shown_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ui.TerminalReporter().step(text)
+    ui.TerminalReporter().warn(text)
+    ui.say(text)
+    assert capsys.readouterr().err == f"> {text}\nwarning: {text}\n{text}\n"
+    ui.show_error(HostError(text, details=text, resolution=text))
+    assert capsys.readouterr().err == f"error: {text}\n  {text}\n  {text}\n"
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_a_pipe_gets_the_whole_table(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ui.print_table(("a", "b"), [(text, text)])
+    assert capsys.readouterr().out.splitlines()[1].split("  ") == [text, text]
+
+
+def test_a_terminal_folds_what_a_table_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    ui.print_table(("a", "b"), [("x", "y" * 200)])
+    assert capsys.readouterr().out.count("y") == 200
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    reporter = ui.TerminalReporter()
+    with reporter.meter("download", 2 * 2**20) as meter:
+        meter.advance(2**20)
+    shown = ui.sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "download" in shown
+    assert "\x1b[" in shown
+
+
+def test_colour_that_is_forced_makes_no_log_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with ui.TerminalReporter().meter("download", 2**20) as meter:
+        meter.advance(2**20)
+    assert "\x1b[?25l" not in capsys.readouterr().err  # a bar hides the cursor
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    ui.show_error(HostError("brief"))
+    assert "\x1b[31m" not in ui.sys.stderr.getvalue()  # type: ignore[attr-defined]

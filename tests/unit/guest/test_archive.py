@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
+import subprocess
 import tarfile
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from vmbuild.deadline import NEVER, Deadline
-from vmbuild.errors import GuestError, HostError, UsageError
+from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
 from vmbuild.guest.archive import full_reference, open_output, write_archive
 from vmbuild.guest.session import Feed, Output
 from vmbuild.report import SilentReporter
@@ -162,3 +168,241 @@ def test_a_place_that_cannot_be_written_is_told_before_the_build(tmp_path: Path)
     for place in (tmp_path, tmp_path / "none" / "out.tar"):
         with pytest.raises((UsageError, HostError)), open_output(str(place), io.BytesIO()):
             pytest.fail("the build began")
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("docker.io/debian:x", "docker.io/library/debian:x"),
+        ("docker.io/library/debian:x", "docker.io/library/debian:x"),
+        ("index.docker.io/debian", "docker.io/library/debian:latest"),
+        ("docker.io/me/it", "docker.io/me/it:latest"),
+        ("localhost:5000/it", "localhost:5000/it:latest"),
+        ("me/deep/it:v", "docker.io/me/deep/it:v"),
+        ("localhost", "docker.io/library/localhost:latest"),
+    ],
+)
+def test_names_with_a_registry_are_completed_as_docker_does(name: str, full: str) -> None:
+    assert full_reference(name) == full
+
+
+class Answers(BlobStore):
+    """Answers for one blob with bytes as they are, packed or not."""
+
+    def __init__(self, name: str, raw: bytes, *layers: tuple[str, bytes], code: int = 0) -> None:
+        super().__init__(*layers)
+        self.name = name
+        self.raw = raw
+        self.code = code
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        feed: Feed | None = None,
+        on_stdout: Output | None = None,
+        on_stderr: Output | None = None,
+        terminal: tuple[int, int] | None = None,
+        deadline: Deadline = NEVER,
+    ) -> int:
+        if not argv[-1].endswith(self.name):
+            return super().run(argv, on_stdout=on_stdout)
+        assert on_stdout is not None
+        on_stdout(self.raw)
+        return self.code
+
+
+def packed(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"", 0),
+        (b"this is no zstd", 0),
+        (packed(LAYER[1])[:-5], 0),
+        (packed(LAYER[1]) + b"more", 0),
+        (packed(LAYER[1]), 1),
+    ],
+    ids=["nothing", "no zstd", "cut", "more behind", "failed"],
+)
+def test_what_is_no_packed_layer_is_an_error_of_the_guest(tmp_path: Path, raw: bytes, code: int) -> None:
+    path = tmp_path / "out.tar"
+    store = Answers(digest(LAYER[1]), raw, LAYER, code=code)
+    with pytest.raises(GuestError), open_output(str(path), io.BytesIO()) as out:
+        write_archive(store, f"sha256:{store.digest}", (), out, lambda _: None, SilentReporter())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_little_stream_that_unpacks_to_much_is_refused_in_little_memory() -> None:
+    """The guest is not trusted: a layer of 3000 bytes must not become 300 MB of the host's memory."""
+    bomb = packed(bytes(300_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(GuestError):
+            write(Answers(digest(LAYER[1]), bomb, LAYER))
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzipped_layer_travels_as_it_is() -> None:
+    data = b"\x1f\x8b" + bytes(range(256)) * 9
+    kind = "application/vnd.oci.image.layer.v1.tar+gzip"
+    store = Answers(digest(data), data, (kind, data))
+    assert members(write(store))[f"blobs/sha256/{digest(data)}"] == data
+
+
+def relabel(store: BlobStore, change: Callable[[dict[str, object]], None]) -> BlobStore:
+    """Change the manifest as a guest that lies, or another builder, would write it."""
+    manifest = json.loads(store.blobs.pop(store.digest))
+    change(manifest)
+    data = json.dumps(manifest).encode()
+    store.digest = digest(data)
+    store.blobs[store.digest] = data
+    return store
+
+
+def resize(size: object) -> Callable[[dict[str, object]], None]:
+    def change(manifest: dict[str, object]) -> None:
+        layers = manifest["layers"]
+        assert isinstance(layers, list)
+        layers[0]["size"] = size
+
+    return change
+
+
+@pytest.mark.parametrize("size", [2999, 3001, 9 * 1024**3, -1], ids=["less", "more", "9 GiB", "negative"])
+def test_a_layer_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(GuestError):
+        write(relabel(BlobStore(LAYER), resize(size)))
+
+
+def test_a_layer_of_more_than_8_gib_has_a_member_that_tar_can_read() -> None:
+    """Plain ustar numbers end at 8 GiB; the layers are not compressed, so they can be larger."""
+    out = io.BytesIO()
+    with pytest.raises(GuestError, match="fewer bytes"):
+        store = relabel(BlobStore(LAYER), resize(9 * 1024**3))
+        write_archive(store, f"sha256:{store.digest}", (), out, lambda _: None, SilentReporter())
+    headers = out.getvalue()
+    start = headers.index(f"blobs/sha256/{digest(LAYER[1])}".encode())
+    assert tarfile.TarInfo.frombuf(headers[start : start + 512], "utf-8", "strict").size == 9 * 1024**3
+
+
+@pytest.mark.parametrize("text", [b"no json", b"[]", b"null", b'{"layers": []}', b'{"layers": [{}], "config": {}}'])
+def test_a_manifest_that_makes_no_sense_is_an_error_of_the_guest(text: bytes) -> None:
+    store = BlobStore()
+    store.digest = digest(text)
+    store.blobs[store.digest] = text
+    with pytest.raises(GuestError):
+        write(store)
+
+
+def test_an_index_of_several_platforms_is_told() -> None:
+    def forget(manifest: dict[str, object]) -> None:
+        del manifest["layers"]
+
+    store = relabel(BlobStore(LAYER), forget)
+    with pytest.raises(GuestError, match="several platforms"):
+        write(store)
+
+
+def test_a_blob_that_the_guest_has_not_is_told(tmp_path: Path) -> None:
+    store = BlobStore(GZIPPED)
+    del store.blobs[digest(GZIPPED[1])]
+    with pytest.raises(GuestError, match="not in the guest"):
+        write(store)
+
+
+def test_a_local_blob_with_other_content_is_refused(tmp_path: Path) -> None:
+    local = tmp_path / "layer"
+    for lie in (b"rat" * 1000, b"tar" * 999, b"tar" * 1001):
+        local.write_bytes(lie)
+        with pytest.raises(VmbuildError):
+            write(BlobStore(LAYER), {digest(LAYER[1]): local})
+
+
+def test_no_name_and_several_names() -> None:
+    def names(*tags: str) -> tuple[object, list[str]]:
+        store, out = BlobStore(LAYER), io.BytesIO()
+        write_archive(store, f"sha256:{store.digest}", tags, out, lambda _: None, SilentReporter())
+        found = members(out.getvalue())
+        entries = json.loads(found["index.json"])["manifests"]
+        return json.loads(found["manifest.json"])[0]["RepoTags"], [
+            entry.get("annotations", {}).get("org.opencontainers.image.ref.name", "") for entry in entries
+        ]
+
+    assert names() == (None, [""])
+    assert names("a", "me/b:2", "host:5000/c") == (
+        ["a:latest", "me/b:2", "host:5000/c:latest"],
+        ["latest", "2", "latest"],
+    )
+
+
+def test_standard_output_gets_it_and_nothing_is_written_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stdout = io.BytesIO()
+    with open_output("-", stdout) as out:
+        out.write(b"archive")
+    assert stdout.getvalue() == b"archive"
+    with open_output(None, stdout) as out:
+        out.write(b"dropped")
+    assert stdout.getvalue() == b"archive"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_no_ordinary_file_is_not_replaced(tmp_path: Path) -> None:
+    """`-o /dev/null` as root must not put a file in the place of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with suppress(UsageError, HostError), open_output(str(pipe), io.BytesIO()) as out:
+            out.write(b"x")
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "gzipped"])
+def test_skopeo_reads_the_archive(tmp_path: Path, wrapped: bool) -> None:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("file"), io.BytesIO())
+    layer = inner.getvalue()
+    config = {
+        "architecture": "arm64",
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest(layer)}"]},
+        "history": [{"created_by": "test"}],
+    }
+    sent = gzip.compress(layer) if wrapped else layer
+    store = BlobStore((GZIPPED[0] if wrapped else PLAIN, sent))
+    text = json.dumps(config).encode()
+    store.blobs[digest(text)] = text
+
+    def describe(manifest: dict[str, object]) -> None:
+        manifest["config"] = {
+            "mediaType": "application/vnd.docker.container.image.v1+json",
+            "digest": f"sha256:{digest(text)}",
+            "size": len(text),
+        }
+        manifest["mediaType"] = "application/vnd.docker.distribution.manifest.v2+json"
+        manifest["schemaVersion"] = 2
+
+    relabel(store, describe)
+    path = tmp_path / "out.tar"
+    with open_output(str(path), io.BytesIO()) as out:
+        write_archive(store, f"sha256:{store.digest}", ("hello:1",), out, lambda _: None, SilentReporter())
+    for command in (["inspect"], ["inspect", "--config"]):
+        argv = ["skopeo", "--tmpdir", str(tmp_path), *command, f"docker-archive:{path}:hello:1"]
+        found = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+        assert (found.get("Architecture") or found["architecture"], found.get("Os") or found["os"]) == (
+            "arm64",
+            "linux",
+        )
+    argv = ["skopeo", "--insecure-policy", "copy", f"docker-archive:{path}", f"dir:{tmp_path}/copy"]
+    subprocess.run(argv, check=True, capture_output=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 
 import pytest
@@ -102,3 +103,118 @@ def test_a_machine_that_is_gone_ends_it_at_once() -> None:
 
     with pytest.raises(MachineError, match="QEMU ended"):
         wait_ready(connect, gone, Deadline.after(60), SilentReporter())
+
+
+class Refusing(FakeSession):
+    """Raises this error for the program whose last word is `at`."""
+
+    def __init__(self, at: str, error: Exception, **codes: list[int]) -> None:
+        super().__init__(**codes)
+        self.at = at
+        self.error = error
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        feed: Feed | None = None,
+        on_stdout: Output | None = None,
+        on_stderr: Output | None = None,
+        terminal: tuple[int, int] | None = None,
+        deadline: Deadline = NEVER,
+    ) -> int:
+        if argv[-1] == self.at:
+            raise self.error
+        return super().run(argv, on_stdout=on_stdout, on_stderr=on_stderr, deadline=deadline)
+
+
+def test_every_row_says_what_to_do_and_no_two_are_the_same() -> None:
+    assert len({check.description for check in CHECKS}) == len({check.probe for check in CHECKS}) == len(CHECKS) > 0
+    for check in CHECKS:
+        assert check.hint and check.log
+
+
+def test_a_probe_that_hangs_until_the_time_limit_still_names_its_check() -> None:
+    """The ping waits for Docker's answer: most often the limit passes within a probe, not between two."""
+    session = Refusing(CHECKS[2].probe, GuestError("a command in the guest did not end in time"))
+    with pytest.raises(GuestError, match="Docker answers") as caught:
+        wait(session, seconds=0.2)
+    assert caught.value.resolution == CHECKS[2].hint
+    assert session.closed
+
+
+def test_a_log_that_cannot_be_read_does_not_hide_the_check() -> None:
+    session = Refusing(CHECKS[1].log, GuestError("the connection to the guest broke"), check1=[1])
+    with pytest.raises(GuestError, match=CHECKS[1].description) as caught:
+        wait(session)
+    assert caught.value.resolution == CHECKS[1].hint
+
+
+def test_a_machine_that_dies_during_a_probe_is_told_rather_than_the_broken_connection() -> None:
+    session = Refusing(CHECKS[0].probe, GuestError("the connection to the guest broke"))
+    asked = []
+
+    def dies() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise MachineError("QEMU ended")
+
+    with pytest.raises(MachineError, match="QEMU ended"):
+        wait_ready(lambda _: session, dies, Deadline.after(20), SilentReporter())
+    assert session.closed
+
+
+def test_a_machine_that_dies_between_two_probes_is_told() -> None:
+    session = FakeSession(check0=[1])
+    asked = []
+
+    def dies() -> None:
+        asked.append(1)
+        if len(asked) > 2:
+            raise MachineError("QEMU ended")
+
+    with pytest.raises(MachineError, match="QEMU ended"):
+        wait_ready(lambda _: session, dies, Deadline.after(20), SilentReporter())
+    assert session.closed
+
+
+def test_ssh_that_never_answers_ends_at_the_time_limit() -> None:
+    def connect(_: Deadline) -> Session:
+        raise GuestError("no answer")
+
+    with pytest.raises(GuestError, match="no answer"):
+        wait_ready(connect, alive, Deadline.after(0.5), SilentReporter())
+
+
+def test_the_time_limit_is_handed_to_the_connection_and_to_each_probe() -> None:
+    limit = Deadline.after(5)
+    seen: list[Deadline] = []
+
+    class Noting(FakeSession):
+        def run(self, argv: Sequence[str], *, deadline: Deadline = NEVER, **rest: object) -> int:
+            seen.append(deadline)
+            return 0
+
+    def connect(given: Deadline) -> Session:
+        seen.append(given)
+        return Noting()
+
+    wait_ready(connect, alive, limit, SilentReporter())
+    assert seen == [limit] * (1 + len(CHECKS))
+
+
+def test_ctrl_c_while_waiting_closes_the_session() -> None:
+    class Interrupted(FakeSession):
+        def run(self, argv: Sequence[str], **rest: object) -> int:
+            raise KeyboardInterrupt
+
+    session = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        wait(session)
+    assert session.closed
+
+
+def test_a_shell_can_read_every_probe_and_log() -> None:
+    for check in CHECKS:
+        for script in (check.probe, check.log):
+            subprocess.run(["/bin/sh", "-n", "-c", script], check=True)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paramiko
 import pytest
+from paramiko.common import AUTH_SUCCESSFUL
 
+from tests.unit.guest import server
 from tests.unit.guest.server import Guest, serve
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError
 from vmbuild.guest import ssh
 from vmbuild.guest.session import Sink, WrongHostKeyError, capture, send
 from vmbuild.guest.ssh import SshSession
+from vmbuild.model import MIB
 
 
 @pytest.fixture
@@ -171,3 +178,199 @@ def test_capture_tells_what_failed(session: SshSession) -> None:
     with pytest.raises(GuestError, match="exit code 2") as caught:
         capture(session, ["sh", "-c", "echo words >&2; exit 2"])
     assert "words" in caught.value.details
+
+
+def test_twenty_megabytes_of_input_arrive_whole(session: SshSession) -> None:
+    block = os.urandom(1_000_000)
+
+    def feed(sink: Sink) -> None:
+        for _ in range(20):
+            sink.write(block)
+
+    assert (
+        capture(session, ["sh", "-c", "sha256sum | cut -c -64"], feed=feed).strip()
+        == hashlib.sha256(block * 20).hexdigest()
+    )
+
+
+def test_input_and_output_flow_at_the_same_time(session: SshSession) -> None:
+    """An echo of more than both windows hold: it would stand still if one were finished before the other began."""
+    total = 0
+
+    def count(data: bytes) -> None:
+        nonlocal total
+        total += len(data)
+
+    def feed(sink: Sink) -> None:
+        for _ in range(20):
+            sink.write(b"x" * MIB)
+
+    assert session.run(["cat"], feed=feed, on_stdout=count) == 0
+    assert total == 20 * MIB
+
+
+def test_outputs_taken_in_turns_keep_their_order(session: SshSession) -> None:
+    out, err = bytearray(), bytearray()
+    script = 'i=0; while [ $i -lt 300 ]; do echo "o$i"; echo "e$i" >&2; i=$((i+1)); done'
+    assert session.run(["sh", "-c", script], on_stdout=out.extend, on_stderr=err.extend) == 0
+    assert out.decode().split() == [f"o{i}" for i in range(300)]
+    assert err.decode().split() == [f"e{i}" for i in range(300)]
+
+
+@pytest.mark.parametrize("code", [0, 1, 127, 255])
+def test_exit_codes_come_through(session: SshSession, code: int) -> None:
+    assert session.run(["sh", "-c", f"exit {code}"]) == code
+
+
+def test_a_program_killed_by_a_signal_is_no_success(session: SshSession) -> None:
+    assert session.run(["sh", "-c", "kill -9 $$"]) == 255
+    assert capture(session, ["echo", "on"]) == "on\n"
+
+
+def test_a_program_that_is_not_there(session: SshSession) -> None:
+    assert session.run(["vmbuild-no-such-program"]) == 127
+
+
+def test_a_talkative_program_ends_at_its_deadline_too(session: SshSession) -> None:
+    """A reader that is slower than the program always finds more to read; the time limit must count all the same."""
+    begun = time.monotonic()
+    with pytest.raises(GuestError, match="did not end in time"):
+        session.run(["timeout", "12", "yes"], on_stdout=lambda _: time.sleep(0.05), deadline=Deadline.after(1))
+    assert time.monotonic() - begun < 8
+
+
+def test_a_feed_that_fails_at_once_ends_the_program_all_the_same(session: SshSession, tmp_path: Path) -> None:
+    """Before the program's group is known: a file of the context that cannot be read fails this early."""
+
+    def feed(sink: Sink) -> None:
+        raise HostError("no more")
+
+    with pytest.raises(HostError, match="no more"):
+        session.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 40"], feed=feed)
+    assert ended(tmp_path / "pid")
+
+
+def test_a_deadline_that_passes_before_the_program_spoke_ends_it(
+    guest: Guest, session: SshSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = server.run_command
+
+    def slow(channel: paramiko.Channel, command: bytes) -> None:
+        time.sleep(0.6)
+        real(channel, command)
+
+    monkeypatch.setattr(server, "run_command", slow)
+    with pytest.raises(GuestError, match="did not end in time"):
+        session.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 40"], deadline=Deadline.after(0.3))
+    assert ended(tmp_path / "pid")
+
+
+def ended(pid_file: Path) -> bool:
+    """Tell whether the program that writes its id there is gone, or never began; end it where it is not."""
+    limit = Deadline.after(3)
+    while not pid_file.exists() and not limit.passed:
+        limit.sleep(0.05)
+    if not pid_file.exists():
+        return True
+    pid = int(pid_file.read_text())
+    limit = Deadline.after(3)
+    while not limit.passed:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        limit.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def test_a_cut_while_output_flows_is_said(guest: Guest, session: SshSession) -> None:
+    heard = threading.Event()
+
+    def cut() -> None:
+        heard.wait(20)
+        guest.cut()
+
+    threading.Thread(target=cut, daemon=True).start()
+    with pytest.raises(GuestError, match="connection to the guest broke"):
+        session.run(["timeout", "20", "yes"], on_stdout=lambda _: heard.set())
+
+
+def test_a_cut_while_input_flows_is_said(guest: Guest, session: SshSession) -> None:
+    def feed(sink: Sink) -> None:
+        sink.write(b"x" * MIB)
+        guest.cut()
+        for _ in range(100):
+            sink.write(b"x" * MIB)
+
+    with pytest.raises(GuestError, match="connection to the guest broke"):
+        session.run(["sleep", "20"], feed=feed)
+
+
+def test_a_cut_is_told_from_a_signal_whichever_thread_is_faster(
+    guest: Guest, session: SshSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko wakes the readers of a channel before it says that the transport has ended."""
+    real: Callable[[paramiko.Channel], None] = paramiko.Channel._unlink  # type: ignore[attr-defined]
+
+    def unlink(channel: paramiko.Channel) -> None:
+        real(channel)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(paramiko.Channel, "_unlink", unlink)
+    threading.Timer(0.5, guest.cut).start()
+    with pytest.raises(GuestError, match="connection to the guest broke"):
+        session.run(["sleep", "20"])
+
+
+def test_after_a_cut_nothing_runs_any_more(guest: Guest, session: SshSession) -> None:
+    guest.cut()
+    with pytest.raises(GuestError):
+        session.run(["true"], deadline=Deadline.after(5))
+
+
+def test_a_server_that_never_answers_the_log_in_costs_no_more_than_the_deadline(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dawdle(self: server.Server, username: str, key: paramiko.PKey) -> int:
+        time.sleep(8)
+        return AUTH_SUCCESSFUL
+
+    monkeypatch.setattr(server.Server, "check_auth_publickey", dawdle)
+    begun = time.monotonic()
+    with pytest.raises(GuestError):
+        SshSession.connect(guest.endpoint(), Deadline.after(1)).close()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_never_starts_the_program_costs_no_more_than_the_deadline(
+    session: SshSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dawdle(self: server.Server, channel: paramiko.Channel, command: bytes) -> bool:
+        time.sleep(8)
+        return True
+
+    monkeypatch.setattr(server.Server, "check_channel_exec_request", dawdle)
+    begun = time.monotonic()
+    with pytest.raises(GuestError):
+        session.run(["true"], deadline=Deadline.after(1))
+    assert time.monotonic() - begun < 5
+
+
+def test_nobody_listens(guest: Guest) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(GuestError, match="does not answer"):
+        SshSession.connect(dataclasses.replace(guest.endpoint(), port=port), Deadline.after(5))
+
+
+def test_a_stranger_is_named_with_what_to_do(guest: Guest) -> None:
+    with pytest.raises(WrongHostKeyError) as caught:
+        SshSession.connect(guest.endpoint(host="stranger"), Deadline.after(20))
+    assert "SHA256:" in caught.value.details
+    assert "vmbuild down" in caught.value.resolution
+
+
+def test_without_a_terminal_none_is_asked_for(guest: Guest, session: SshSession) -> None:
+    assert session.run(["true"]) == 0
+    assert guest.server.terminals == []
