@@ -6,6 +6,7 @@ Heavy modules (paramiko, requests, rich, qemu) are imported inside the commands:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -381,7 +382,12 @@ def exit_codes_table() -> str:
 
 def main() -> NoReturn:
     """Run the program."""
+    signal.signal(signal.SIGTERM, _interrupt)  # how CI systems cancel: clean up as after Ctrl-C
     sys.exit(run(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001
+    raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str]) -> int:

@@ -84,5 +84,5 @@ EXIT_CODES: dict[int, str] = {
             BuildError,
         )
     },
-    INTERRUPTED: "interrupted with Ctrl-C",
+    INTERRUPTED: "interrupted, with Ctrl-C or SIGTERM",
 }

@@ -117,9 +117,9 @@ def based(machine: Cli) -> Cli:
     return machine
 
 
-def interrupt(program: subprocess.Popen[bytes]) -> Done:
-    """Press Ctrl-C and wait for the end."""
-    program.send_signal(signal.SIGINT)
+def interrupt(program: subprocess.Popen[bytes], number: signal.Signals = signal.SIGINT) -> Done:
+    """Press Ctrl-C, or send another signal, and wait for the end."""
+    program.send_signal(number)
     out, err = program.communicate(timeout=120)
     return Done(program.returncode, out, err.decode(errors="replace"))
 

@@ -132,13 +132,13 @@ def test_a_full_host_disk_pauses_the_machine_and_loses_nothing(cli: Cli, tmp_pat
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_ctrl_c_while_starting_leaves_nothing_that_runs(cli: Cli) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_starting_it_leaves_nothing_that_runs(cli: Cli, number: signal.Signals) -> None:
     other = cli.named("hasty")
     program = other.start("up")
     wait_until(lambda: b"running" in other.run("status", "--json").out, "QEMU runs", 60)
-    assert interrupt(program).code == 130
+    assert interrupt(program, number).code == 130
     assert other.ok("status", "--json").json()["state"] == "stopped"
-    other.ok("up")
     other.ok("destroy", "--yes")
 
 
