@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole"}
+GROUND = {"errors", "model", "deadline", "report", "whole", "lock"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
 MACHINE = {"files", "probe", "argv", "qmp", "serial", "lifetime"}
 GUEST = {"session", "keys", "seed", "ssh", "terminal", "ready", "context", "docker", "archive"}
@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
+    "lock": {"errors", "report"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.catalog": GROUND,

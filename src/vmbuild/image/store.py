@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, debian, fetch, packages
+from vmbuild.lock import hold
 from vmbuild.model import GuestImage, ImageSpec
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
@@ -40,7 +39,7 @@ def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Rep
     found = find(spec, cache)
     if found is not None:
         return found
-    with _lock(cache, spec.name, report):
+    with hold(cache / "images" / f"{spec.name}.lock", report, f"assembles {spec.name}"):
         return find(spec, cache) or _assemble(spec, mirrors, cache, report)
 
 
@@ -84,24 +83,6 @@ def recipe_digest(spec: ImageSpec) -> str:
     for path in sorted(path for path in spec.guest_files.rglob("*") if path.is_file()):
         digest.update(path.relative_to(spec.guest_files).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-@contextmanager
-def _lock(cache: Path, name: str, report: Reporter) -> Iterator[None]:
-    try:
-        (cache / "images").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(cache, error) from error
-    lock = FileLock(cache / "images" / f"{name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except TimeoutError:
-        report.step(f"Waiting for another vmbuild that assembles {name}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _unusable(cache: Path, error: OSError) -> HostError:

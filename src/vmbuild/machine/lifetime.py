@@ -8,15 +8,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from filelock import FileLock
 
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, UsageError, VmbuildError
+from vmbuild.lock import hold
 from vmbuild.machine import serial
 from vmbuild.machine.argv import qemu_argv
 from vmbuild.machine.files import MachineFiles
@@ -52,21 +51,9 @@ class Facts:
     started_at: float
 
 
-@contextmanager
-def lock(files: MachineFiles, report: Reporter) -> Iterator[None]:
+def lock(files: MachineFiles, report: Reporter) -> AbstractContextManager[None]:
     """Hold a machine's lock: only one command starts or stops it at a time. Raises HostError."""
-    held = FileLock(files.lock)
-    try:
-        with _writing_in(files.lock.parent):
-            files.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            held.acquire(blocking=False)
-    except TimeoutError:
-        report.step(f"Waiting for another vmbuild that works on the machine {files.name}")
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
+    return hold(files.lock, report, f"works on the machine {files.name}")
 
 
 @contextmanager
@@ -74,8 +61,6 @@ def _writing_in(folder: Path) -> Iterator[None]:
     """Say what the host's file system refuses as a HostError."""
     try:
         yield
-    except TimeoutError:  # an OSError too, and not about files
-        raise
     except OSError as error:
         raise HostError(
             f"cannot write in {folder}: {error.strerror or error}",

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from vmbuild.guest.keys import dropbear_key, ensure_key
 from vmbuild.guest.seed import write_seed
@@ -53,3 +55,51 @@ def test_the_seed_tells_one_guest_its_keys(tmp_path: Path) -> None:
     assert (out / "hostname").read_text() == "h\n"
     shell = f'. {out}/environment; printf "%s\\n" "$http_proxy" "$X"'
     assert subprocess.check_output(["sh", "-c", shell], text=True).splitlines() == list(values.values())
+
+
+def test_dropbears_key_is_the_same_key(tmp_path: Path) -> None:
+    ensure_key(tmp_path / "key", "me")
+    private = Ed25519PrivateKey.from_private_bytes(dropbear_key(tmp_path / "key")[19:51])
+    wanted = base64.b64decode((tmp_path / "key.pub").read_text().split()[1])[-32:]
+    assert private.public_key().public_bytes_raw() == wanted
+
+
+def test_the_public_key_is_one_line_with_its_comment(tmp_path: Path) -> None:
+    ensure_key(tmp_path / "key", "vmbuild host")
+    text = (tmp_path / "key.pub").read_text()
+    assert text.startswith("ssh-ed25519 ")
+    assert text.endswith(" vmbuild host\n")
+    assert text.count("\n") == 1
+
+
+def test_two_keys_differ(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        ensure_key(tmp_path / name, "me")
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
+
+
+def test_a_key_is_never_readable_by_others_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        ensure_key(tmp_path / "key", "me")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
+
+
+def test_what_an_interrupted_run_left_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "key.part").write_bytes(b"half")
+    (tmp_path / "key.part").chmod(0o666)
+    (tmp_path / "key.pub").write_bytes(b"half")
+    ensure_key(tmp_path / "key", "me")
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    assert dropbear_key(tmp_path / "key")
+    assert (tmp_path / "key.pub").read_text().startswith("ssh-ed25519 ")
+
+
+def test_a_link_at_the_place_of_the_half_written_key_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "key.part").symlink_to(tmp_path / "elsewhere")
+    ensure_key(tmp_path / "key", "me")
+    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "key").is_symlink()

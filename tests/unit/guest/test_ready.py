@@ -124,6 +124,7 @@ class Refusing(FakeSession):
         deadline: Deadline = NEVER,
     ) -> int:
         if argv[-1] == self.at:
+            deadline.sleep(0.3)
             raise self.error
         return super().run(argv, on_stdout=on_stdout, on_stderr=on_stderr, deadline=deadline)
 

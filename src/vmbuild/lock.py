@@ -1,0 +1,36 @@
+"""One at a time: a lock that processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from vmbuild.errors import HostError
+from vmbuild.report import Reporter
+
+
+@contextmanager
+def hold(path: Path, report: Reporter, work: str) -> Iterator[None]:
+    """Hold a lock file, saying so when another vmbuild has it; `work` is what that one does.
+
+    Raises HostError where the file cannot be made.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock.acquire(blocking=False)
+    except TimeoutError:
+        report.step(f"Waiting for another vmbuild that {work}")
+        lock.acquire()
+    except OSError as error:
+        raise HostError(
+            f"cannot write in {path.parent}: {error.strerror or error}",
+            resolution=f"Make room in {path.parent}, or see to it that you may write there.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
