@@ -37,7 +37,6 @@ from vmbuild.report import Reporter
 from vmbuild.whole import write_whole
 
 POWER_OFF_S = 30.0
-PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def up(request: MachineRequest, home: Home, report: Reporter) -> MachineStatus:
@@ -93,7 +92,7 @@ def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, re
         hostname=f"vmbuild-{request.name}",
         client_key=files.client_key,
         host_key=files.host_key,
-        environment={name: os.environ[name] for name in PROXY_VARIABLES if name in os.environ},
+        environment=seed.proxies(os.environ),
     )
     report.step(f"Starting the machine {request.name}")
     lifetime.start(spec, files, qemu)

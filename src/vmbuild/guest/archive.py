@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import zstandard
 
@@ -27,6 +27,8 @@ from vmbuild.whole import open_whole
 BLOBS = "/var/lib/docker/containerd/daemon/io.containerd.content.v1.content/blobs/sha256"
 BLOCK = 512
 CHUNK_BYTES = 1024 * 1024
+WINDOW_BYTES = 8 * 1024 * 1024
+"""The most that a compressed blob may ask to be kept in memory; `zstd -1` asks for 512 KiB."""
 
 Known = Callable[[str], Path | None]
 """Where the host has a blob, by the hexadecimal part of its SHA-256; None when it has not."""
@@ -51,7 +53,10 @@ class Blob:
         algorithm, _, digest = str(descriptor["digest"]).partition(":")
         if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
             raise GuestError(f"the guest names a blob by {descriptor['digest']}, which is no SHA-256")
-        return cls(digest, int(str(descriptor["size"])), str(descriptor["mediaType"]))
+        size = int(str(descriptor["size"]))
+        if size < 0:
+            raise GuestError(f"the guest gives the blob {digest} a size of {size} bytes")
+        return cls(digest, size, str(descriptor["mediaType"]))
 
 
 @contextmanager
@@ -66,7 +71,11 @@ def open_output(output: str | None, stdout: IO[bytes]) -> Iterator[IO[bytes]]:
     elif output is None:
         yield io.BytesIO()
     else:
-        path = Path(output)
+        path = Path(output).resolve()
+        if path.is_fifo() or path.is_char_device():
+            with path.open("wb") as stream:
+                yield stream
+            return
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"cannot write the archive to {output}", resolution="Name a file in a folder that exists.")
         with open_whole(path) as file:
@@ -82,10 +91,7 @@ def write_archive(
     """
     manifest_hex = digest.removeprefix("sha256:")
     manifest_data = _read_checked(session, manifest_hex)
-    manifest = json.loads(manifest_data)
-    if "layers" not in manifest:
-        raise GuestError("the container image is for several platforms and cannot become a docker archive")
-    blobs = [Blob.from_descriptor(each) for each in (manifest["config"], *manifest["layers"])]
+    manifest, blobs = _parse_manifest(manifest_data)
     archive = _Archive(out)
     with report.meter("export", sum({blob.digest: blob.size for blob in blobs}.values())) as meter:
         for blob in {blob.digest: blob for blob in blobs}.values():
@@ -94,6 +100,17 @@ def write_archive(
     for name, content in _indexes(manifest_hex, manifest_data, manifest, blobs, tags).items():
         archive.add_data(name, json.dumps(content).encode())
     return archive.close()
+
+
+def _parse_manifest(data: bytes) -> tuple[dict[str, object], list[Blob]]:
+    """Return a manifest and its blobs, the config first. Raises GuestError."""
+    try:
+        manifest = json.loads(data)
+        if "layers" not in manifest and "manifests" in manifest:
+            raise GuestError("the container image is for several platforms and cannot become a docker archive")
+        return manifest, [Blob.from_descriptor(each) for each in (manifest["config"], *manifest["layers"])]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GuestError("the guest's manifest of the container image makes no sense", details=repr(error)) from error
 
 
 def _read_checked(session: Session, digest: str) -> bytes:
@@ -129,10 +146,28 @@ def _pull_blob(session: Session, blob: Blob, take: Output) -> None:
     if blob.is_compressed:
         code = session.run(["cat", path], on_stdout=take)
     else:
-        unpack = zstandard.ZstdDecompressor().decompressobj()
-        code = session.run(["zstd", "-q", "-1", "-c", path], on_stdout=lambda data: take(unpack.decompress(data)))
+        code = session.run(["zstd", "-q", "-1", "-c", path], on_stdout=_unpacking(take))
     if code != 0:
         raise GuestError(f"the blob {blob.digest} is not in the guest")
+
+
+def _unpacking(take: Output) -> Output:
+    """Return an output that unpacks zstd on the way, in pieces however much comes of a little."""
+
+    class Taker(io.RawIOBase):
+        def write(self, data: object, /) -> int:
+            take(bytes(cast(memoryview, data)))
+            return len(cast(memoryview, data))
+
+    unpack = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_writer(cast(IO[bytes], Taker()))
+
+    def output(data: bytes) -> None:
+        try:
+            unpack.write(data)
+        except zstandard.ZstdError as error:
+            raise GuestError("a blob came out of the guest damaged", details=str(error)) from error
+
+    return output
 
 
 def _indexes(
@@ -160,10 +195,13 @@ def _indexes(
 
 def full_reference(name: str) -> str:
     """Return a container image's name with registry and tag, as Docker completes it."""
-    first, slash, _ = name.partition("/")
-    if not slash or not (set(".:") & set(first) or first == "localhost"):
-        name = f"docker.io/{name if slash else f'library/{name}'}"
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    first, slash, rest = name.partition("/")
+    has_registry = slash and (set(".:") & set(first) or first == "localhost")
+    registry, path = (first, rest) if has_registry else ("docker.io", name)
+    registry = registry.removeprefix("index.") if registry == "index.docker.io" else registry
+    if registry == "docker.io" and "/" not in path:
+        path = f"library/{path}"
+    return f"{registry}/{path}" if ":" in path.rpartition("/")[2] else f"{registry}/{path}:latest"
 
 
 class _Archive:
@@ -177,7 +215,7 @@ class _Archive:
     def begin(self, name: str, size: int) -> None:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o644
-        self._put(info.tobuf(tarfile.USTAR_FORMAT))
+        self._put(info.tobuf(tarfile.GNU_FORMAT))  # plain ustar ends at 8 GiB
         self._left, self._size = size, size
 
     def write(self, data: bytes) -> None:

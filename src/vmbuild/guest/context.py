@@ -23,6 +23,8 @@ class Pattern:
 
     regex: re.Pattern[str]
     negated: bool
+    plain: str
+    """The pattern up to its first character with a meaning."""
 
 
 @dataclass(frozen=True)
@@ -44,43 +46,64 @@ class IgnoreRules:
                 excluded = not pattern.negated
         return excluded
 
-    @property
-    def has_exceptions(self) -> bool:
+    def may_keep_below(self, folder: str) -> bool:
         """Tell whether something in an excluded folder may still travel."""
-        return any(pattern.negated for pattern in self.patterns)
+        below = folder + "/"
+        exceptions = (pattern.plain for pattern in self.patterns if pattern.negated)
+        return any(plain.startswith(below) or below.startswith(plain) for plain in exceptions)
 
 
 def parse_ignore(text: str) -> IgnoreRules:
     """Return the rules in a `.dockerignore`. Raises UsageError for a pattern that cannot be read."""
     patterns = []
-    for line in text.removeprefix("\ufeff").splitlines():
+    for line in text.removeprefix("\ufeff").split("\n"):
         line = "" if line.startswith("#") else line.strip()
         negated = line.startswith("!")
-        cleaned = os.path.normpath(line.removeprefix("!").strip()).lstrip("/") if line.strip("!/ ") else ""
+        pattern = line.removeprefix("!").strip()
+        if negated and not pattern:
+            raise _bad_pattern(line, "nothing follows the exclamation mark")
+        cleaned = os.path.normpath(pattern).lstrip("/") if pattern else ""
         if cleaned and cleaned != ".":
-            patterns.append(Pattern(_translate(cleaned, line), negated))
+            patterns.append(Pattern(_translate(cleaned, line), negated, _SPECIAL.split(cleaned)[0]))
     return IgnoreRules(tuple(patterns))
 
 
 def _translate(pattern: str, line: str) -> re.Pattern[str]:
-    """Return a Go filepath.Match pattern with `**` as a regular expression."""
-    out, rest = [], pattern
-    while rest:
-        token = _TOKEN.match(rest)
-        assert token is not None  # noqa: S101 - the last alternative takes any character
-        text, rest = token[0], rest[token.end() :]
-        if text.startswith("[") and len(text) > 1:
-            out.append(text.replace("[!", "[\\!", 1))
+    """Return a Go filepath.Match pattern with `**` as a regular expression, as moby's patternmatcher reads it."""
+    out, at = [], 0
+    while at < len(pattern):
+        token = _TOKEN.match(pattern, at)
+        if token is None:
+            raise _bad_pattern(line, f"not understood from {pattern[at:]!r} on")
+        text, at = token[0], token.end()
+        if text.startswith("**"):
+            # In the middle it stands for whole folders; at the end, or before plain letters, for anything.
+            is_anything = at == len(pattern) or (text == pattern[:at] == "**" and not _SPECIAL.search(pattern, at))
+            out.append(".*" if is_anything else "(?:.*/)?")
+        elif text.startswith("["):
+            out.append(_translate_class(text))
         else:
-            out.append(_MEANING.get(text) or re.escape(text.removeprefix("\\") or text))
+            out.append(_MEANING.get(text) or re.escape(text[-1]))
     try:
         return re.compile("".join(out), re.DOTALL)
     except re.error as error:
-        raise UsageError(f"bad pattern in .dockerignore: {line}", details=str(error)) from error
+        raise _bad_pattern(line, str(error)) from error
 
 
-_TOKEN = re.compile(r"\*\*/|\*\*|\*|\?|\[(?:\\.|[^\]\\])+\]|\\.|.", re.DOTALL)
-_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+def _translate_class(text: str) -> str:
+    inside = text[1:-1].removeprefix("^")
+    items = re.sub(r"\\?(.)(-?)", lambda item: re.escape(item[1]) + item[2], inside, flags=re.DOTALL)
+    return f"[{'^' if text.startswith('[^') else ''}{items}]"
+
+
+def _bad_pattern(line: str, why: str) -> UsageError:
+    return UsageError(f"bad pattern in .dockerignore: {line}", details=why)
+
+
+_ITEM = r"(?:\\.|[^\]\-\\])"
+_TOKEN = re.compile(rf"\*\*/?|\*|\?|\[\^?(?:{_ITEM}(?:-{_ITEM})?)+\]|\\.|[^\[\\]", re.DOTALL)
+_SPECIAL = re.compile(r"[*?\[\]\\]")
+_MEANING = {"*": "[^/]*", "?": "[^/]"}
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class Context:
         ) as tar:
             for name, path in self.files():
                 _add(tar, name, path)
+                tar.getmembers().clear()  # else it remembers every file
 
 
 def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Context:
@@ -132,21 +156,29 @@ def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Conte
             resolution="Name it with -f FILE, relative to the current folder.",
         )
     rules = _read_rules([Path(f"{path}.dockerignore"), folder / ".dockerignore"])
-    try:
-        return Context(folder, path.absolute().relative_to(folder.absolute()).as_posix(), b"", rules)
-    except ValueError:
-        return Context(folder, None, path.read_bytes(), rules)
+    place = path.parent.resolve() / path.name
+    if place.is_relative_to(folder.resolve()):
+        return Context(folder, place.relative_to(folder.resolve()).as_posix(), b"", rules)
+    return Context(folder, None, _read(path), rules)
 
 
 def _read_rules(candidates: list[Path]) -> IgnoreRules:
     """Return the rules of the first file that is there: one beside the Dockerfile goes before the context's."""
     for path in candidates:
         if path.is_file():
-            return parse_ignore(path.read_text(errors="surrogateescape"))
+            return parse_ignore(_read(path).decode(errors="surrogateescape"))
     return IgnoreRules()
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _walk(folder: Path, prefix: str, rules: IgnoreRules, needed: set[str | None]) -> Iterator[tuple[str, Path]]:
+    """Yield what travels of a folder; an excluded folder does when something in it does, as Docker sends it."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -158,8 +190,14 @@ def _walk(folder: Path, prefix: str, rules: IgnoreRules, needed: set[str | None]
         below = any(need is not None and need.startswith(name + "/") for need in needed)
         if not excluded or name in needed:
             yield name, Path(entry.path)
-        if is_folder and (not excluded or rules.has_exceptions or below):
+        if is_folder and not excluded:
             yield from _walk(Path(entry.path), name + "/", rules, needed)
+        elif is_folder and (below or rules.may_keep_below(name)):
+            inside = _walk(Path(entry.path), name + "/", rules, needed)
+            if (first := next(inside, None)) is not None:
+                yield name, Path(entry.path)
+                yield first
+                yield from inside
 
 
 def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:

@@ -81,7 +81,8 @@ def unpack_tree(session: Session, work: Workspace, write_tar: Feed) -> None:
 def _unpack(session: Session, work: Workspace, write_tar: Feed, option: str) -> None:
     """Send a tar stream compressed: user-mode networking is slower than an emulated zstd (docs/design.md)."""
     errors = bytearray()
-    argv = ["sh", "-c", f'zstd -dc | {TAR} -x "$2" -C "$1"', "unpack", work.context, option]
+    # Without warnings, about a time in the future say, whatever is said tells that one of the two failed.
+    argv = ["sh", "-c", f'zstd -dc | {TAR} -x --warning=none "$2" -C "$1"', "unpack", work.context, option]
 
     def feed(sink: Sink) -> None:
         with zstandard.ZstdCompressor(level=1).stream_writer(cast(IO[bytes], sink), closefd=False) as packed:
@@ -177,8 +178,8 @@ def image_id(session: Session, work: Workspace) -> tuple[str, str]:
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _EXIT = re.compile(r'process "(?P<process>.*?)" did not complete successfully: exit code: (?P<code>\d+)', re.DOTALL)
 _STEP = re.compile(r"^ > \[(?P<where>[^\]]*)\] (?P<what>.*?):?$", re.MULTILINE)
-_LINE = re.compile(r"^(?P<where>\S*ockerfile\S*:\d+)\s*$", re.MULTILINE)
-_ERROR = re.compile(r"^ERROR: (?:failed to (?:solve|build): )?(?P<what>.*)$", re.MULTILINE)
+_LINE = re.compile(r"^(?P<where>\S.*:\d+)\n-{3,}$", re.MULTILINE)
+_ERROR = re.compile(r"^ERROR: (?:failed to (?:solve|build): )*(?P<what>.*)$", re.MULTILINE)
 
 
 def explain_failure(output: str, code: int) -> BuildError:

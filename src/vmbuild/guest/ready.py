@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
@@ -80,14 +81,25 @@ def _connect(connect: Callable[[Deadline], Session], check_alive: Callable[[], N
 
 
 def _wait_for(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> None:
-    while session.run(["sh", "-c", check.probe], deadline=deadline) != 0:
+    while not _passes(check, session, check_alive, deadline):
         check_alive()
         if deadline.passed or not check.may_take_time:
             raise GuestError(f"not ready: {check.description}: no", details=_log(session, check), resolution=check.hint)
         deadline.sleep(0.3)
 
 
+def _passes(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
+    try:
+        return session.run(["sh", "-c", check.probe], deadline=deadline) == 0
+    except GuestError:
+        check_alive()  # a machine that is gone says more than the connection that broke with it
+        if deadline.passed:
+            return False
+        raise
+
+
 def _log(session: Session, check: ReadyCheck) -> str:
     out = bytearray()
-    session.run(["sh", "-c", check.log], on_stdout=out.extend, on_stderr=out.extend, deadline=Deadline.after(20))
+    with suppress(GuestError):
+        session.run(["sh", "-c", check.log], on_stdout=out.extend, on_stderr=out.extend, deadline=Deadline.after(20))
     return out.decode(errors="replace")

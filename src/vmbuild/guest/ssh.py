@@ -8,8 +8,8 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import paramiko
 
@@ -26,6 +26,9 @@ Signal = Callable[[str, str], None]
 
 WATCH_EVERY_S = 5.0
 """After so much silence it is asked whether the machine still runs."""
+
+START_S = 5.0
+"""So long is waited for a program to say its group before it is given up as one that never started."""
 
 STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 """How a program in the guest is ended: each signal and the seconds it has."""
@@ -47,6 +50,7 @@ class SshSession:
         Raises WrongHostKeyError for another host key, GuestError when nobody answers or the key is refused.
         """
         transport = _open_transport(endpoint, deadline)
+        transport.auth_timeout = deadline.remaining_s(30)
         try:
             _check_host_key(transport, endpoint)
             transport.auth_publickey(endpoint.user, paramiko.Ed25519Key.from_private_key_file(str(endpoint.client_key)))
@@ -72,10 +76,13 @@ class SshSession:
         """Run a program and return its exit code; see `Session.run`."""
         try:
             channel = self._transport.open_session(WINDOW_BYTES, timeout=deadline.remaining_s(60))
-            if terminal is not None:
-                channel.get_pty("xterm-256color", *terminal)
-            channel.exec_command(_tell_group(argv, has_session=terminal is not None))
+            with _closed_after(channel, deadline.remaining_s(60)):
+                if terminal is not None:
+                    channel.get_pty("xterm-256color", *terminal)
+                channel.exec_command(_tell_group(argv, has_session=terminal is not None))
         except (paramiko.SSHException, OSError, EOFError) as error:
+            if deadline.passed:
+                raise _too_late() from error
             raise GuestError("the connection to the guest broke", details=str(error)) from error
         return _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch).to_the_end(self._signal)
 
@@ -90,6 +97,22 @@ class SshSession:
     def close(self) -> None:
         """End the connection. Twice is harmless."""
         self._transport.close()
+
+
+@contextmanager
+def _closed_after(channel: paramiko.Channel, seconds: float) -> Iterator[None]:
+    """Close a channel in so many seconds unless the block has ended: paramiko waits for a request without a limit."""
+    timer = threading.Timer(seconds, channel.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _too_late() -> GuestError:
+    return GuestError("a command in the guest did not end in time")
 
 
 def _tell_group(argv: Sequence[str], *, has_session: bool) -> str:
@@ -158,19 +181,19 @@ class _Run:
             if self._feed_error is not None:
                 raise self._feed_error
             if self._deadline.passed:
-                raise GuestError("a command in the guest did not end in time")
+                raise _too_late()
             ready, _, _ = select.select([handle], [], [], self._deadline.remaining_s(0.5))
             heard = time.monotonic() if ready else heard
             if time.monotonic() - heard > WATCH_EVERY_S:
                 self._ask_watch()
                 heard = time.monotonic()
-            while channel.recv_ready():
+            # One piece of each a turn: a program that never pauses must not keep the time limit from being seen.
+            if channel.recv_ready():
                 self._take_stdout(channel.recv(WINDOW_BYTES))
-            while channel.recv_stderr_ready():
+            if channel.recv_stderr_ready():
                 self._on_stderr(channel.recv_stderr(WINDOW_BYTES))
-            if channel.eof_received and not channel.recv_ready() and not channel.recv_stderr_ready():
-                return
-            if channel.closed and not channel.recv_ready() and not channel.recv_stderr_ready():
+            has_ended = channel.eof_received or channel.closed
+            if has_ended and not channel.recv_ready() and not channel.recv_stderr_ready():
                 return
 
     def _ask_watch(self) -> None:
@@ -181,27 +204,39 @@ class _Run:
 
     def _take_stdout(self, data: bytes) -> None:
         if self._group is None:
-            self._head += data
-            line, found, data = self._head.partition(b"\n")
-            if not found:
-                return
-            self._group = line.strip().decode(errors="replace")
+            data = self._take_head(data)
         if data:
             self._on_stdout(data)
 
+    def _take_head(self, data: bytes) -> bytes:
+        """Take output up to the line that tells the program's group; return what comes after it."""
+        self._head += data
+        line, found, rest = self._head.partition(b"\n")
+        if found:
+            self._group = line.strip().decode(errors="replace")
+        return rest
+
     def _exit_code(self) -> int:
         if not self._channel.status_event.wait(self._deadline.remaining_s(30)) or self._channel.exit_status == -1:
-            transport = self._channel.get_transport()
-            if not transport.is_active():
-                raise GuestError(
-                    "the connection to the guest broke",
-                    resolution="Run `vmbuild logs` to see the guest's last words, and the command again.",
-                )
+            self._check_connection()
             return 255  # ended by a signal, which has no exit code
         return int(self._channel.exit_status)
 
+    def _check_connection(self) -> None:
+        """Ask for another channel: paramiko says that channels are closed before it says that the connection is."""
+        try:
+            self._channel.get_transport().open_session(timeout=10).close()
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise GuestError(
+                "the connection to the guest broke",
+                resolution="Run `vmbuild logs` to see the guest's last words, and the command again.",
+            ) from error
+
     def _end(self, signal: Signal) -> None:
         """End the program in the guest: ask, terminate, kill, each with a limit."""
+        started = Deadline.after(START_S)
+        while self._group is None and not self._channel.closed and not started.passed:
+            self._take_head(self._channel.recv(1024)) if self._channel.recv_ready() else started.sleep(0.05)
         if self._group is None or not self._group.isdigit():
             return
         for name, grace_s in STAIRCASE:

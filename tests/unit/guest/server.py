@@ -65,7 +65,7 @@ def run_command(channel: paramiko.Channel, command: bytes) -> None:
     threads = [threading.Thread(target=target, daemon=True) for target in (feed, errors)]
     for thread in threads:
         thread.start()
-    with suppress(OSError):
+    with suppress(OSError, EOFError):
         while data := stdout.read(65536):
             channel.sendall(data)
         threads[1].join()

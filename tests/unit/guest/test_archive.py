@@ -299,10 +299,10 @@ def test_a_manifest_that_makes_no_sense_is_an_error_of_the_guest(text: bytes) ->
 
 
 def test_an_index_of_several_platforms_is_told() -> None:
-    def forget(manifest: dict[str, object]) -> None:
-        del manifest["layers"]
+    def become_an_index(manifest: dict[str, object]) -> None:
+        manifest["manifests"] = manifest.pop("layers")
 
-    store = relabel(BlobStore(LAYER), forget)
+    store = relabel(BlobStore(LAYER), become_an_index)
     with pytest.raises(GuestError, match="several platforms"):
         write(store)
 

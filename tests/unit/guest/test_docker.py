@@ -432,3 +432,10 @@ def test_a_tree_that_cannot_be_packed_is_an_error() -> None:
     with pytest.raises(GuestError) as caught:
         pack_tree(FakeSession((("sh",), Reply(0, b"half", b"tar: x: Cannot open"))), WORK, bytearray().extend)
     assert "Cannot open" in caught.value.details
+
+
+def test_what_was_said_long_before_the_end_is_forgotten() -> None:
+    """Only so much output is kept in memory, however much a build says."""
+    session = session_for(9, stdout=FAILED_RUN.encode(), stderr=b"noise\n" * 20_000)
+    with pytest.raises(BuildError, match="docker build ended with exit code 9"):
+        run_build(session, ["buildx"], bytearray().extend, feed=None, terminal=None, quiet=False)

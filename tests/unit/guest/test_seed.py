@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmbuild.guest.keys import dropbear_key
-from vmbuild.guest.seed import write_seed
+from vmbuild.guest.seed import proxies, write_seed
 
 NASTY = {
     "plain": "http://proxy:3128/",
@@ -123,3 +123,21 @@ def test_a_folder_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
             environment={},
         )
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        ("http://127.0.0.1:3128", "http://10.0.2.2:3128"),
+        ("http://user:pass@localhost:3128/", "http://user:pass@10.0.2.2:3128/"),
+        ("http://[::1]:3128", "http://10.0.2.2:3128"),
+        ("http://proxy.example:3128", "http://proxy.example:3128"),
+        ("http://localhost.example:3128", "http://localhost.example:3128"),
+    ],
+)
+def test_a_proxy_on_the_hosts_loopback_is_elsewhere_for_the_guest(value: str, seen: str) -> None:
+    assert proxies({"https_proxy": value, "OTHER": "x", "http_proxy": ""}) == {"https_proxy": seen}
+
+
+def test_no_proxy_is_left_alone() -> None:
+    assert proxies({"no_proxy": "localhost,127.0.0.1"}) == {"no_proxy": "localhost,127.0.0.1"}
