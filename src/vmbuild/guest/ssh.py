@@ -84,7 +84,8 @@ class SshSession:
             if deadline.passed:
                 raise _too_late() from error
             raise GuestError("the connection to the guest broke", details=str(error)) from error
-        return _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch).to_the_end(self._signal)
+        run = _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch, has_terminal=terminal is not None)
+        return run.to_the_end(self._signal)
 
     def _signal(self, group: str, name: str) -> None:
         with suppress(paramiko.SSHException, OSError, EOFError):
@@ -135,8 +136,11 @@ class _Run:
         on_stderr: Output | None,
         deadline: Deadline,
         watch: Watch,
+        *,
+        has_terminal: bool,
     ) -> None:
         self._watch = watch
+        self._has_terminal = has_terminal
         self._channel = channel
         self._on_stdout = on_stdout or _ignore
         self._on_stderr = on_stderr or _ignore
@@ -161,6 +165,8 @@ class _Run:
             self._channel.close()
 
     def _run_feed(self, feed: Feed | None) -> None:
+        if feed is None and self._has_terminal:
+            return  # a terminal has no half: told that no input comes, dropbear hangs it up, and the program dies
         try:
             if feed is not None:
                 feed(_ChannelSink(self._channel))

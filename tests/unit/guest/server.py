@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import socket
 import subprocess
 import threading
+import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +27,7 @@ class Server(paramiko.ServerInterface):
         self._client = client
         self.log_ins = 0
         self.terminals: list[tuple[int, int]] = []
+        self._with_terminal: set[int] = set()
 
     def get_allowed_auths(self, username: str) -> str:
         return "publickey"
@@ -38,11 +43,39 @@ class Server(paramiko.ServerInterface):
         self, channel: paramiko.Channel, term: bytes, width: int, height: int, *pixels: object
     ) -> bool:
         self.terminals.append((width, height))
+        self._with_terminal.add(channel.get_id())
         return True
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        threading.Thread(target=run_command, args=(channel, command), daemon=True).start()
+        run = run_on_terminal if channel.get_id() in self._with_terminal else run_command
+        threading.Thread(target=run, args=(channel, command), daemon=True).start()
         return True
+
+
+def run_on_terminal(channel: paramiko.Channel, command: bytes) -> None:
+    """Run a command as dropbear does on a terminal: one descriptor for both ways, closed when no more input comes."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    program = subprocess.Popen(["setsid", "--ctty", "/bin/sh", "-c", command], stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+
+    def feed() -> None:
+        with suppress(OSError):
+            while data := channel.recv(65536):
+                os.write(master, data)
+        os.close(master)
+
+    threading.Thread(target=feed, daemon=True).start()
+    with suppress(OSError, ValueError):
+        while True:
+            # Not a read that blocks: it would keep the descriptor open after its close.
+            ready, _, _ = select.select([master], [], [], 0.05)
+            if ready:
+                channel.sendall(os.read(master, 65536))
+    code = program.wait()
+    if code >= 0:
+        channel.send_exit_status(code)
+    channel.close()
 
 
 def run_command(channel: paramiko.Channel, command: bytes) -> None:

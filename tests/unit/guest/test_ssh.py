@@ -174,6 +174,31 @@ def test_a_terminal_is_asked_for_with_its_size(guest: Guest, session: SshSession
     assert bytes(out) == b"hi\n"
 
 
+def test_a_terminal_is_not_hung_up_while_the_program_runs(session: SshSession) -> None:
+    out = bytearray()
+    argv = ["sh", "-c", "sleep 1; test -t 0 && echo still here"]
+    assert session.run(argv, on_stdout=out.extend, terminal=(100, 30)) == 0
+    assert bytes(out) == b"still here\n"
+
+
+def test_a_terminal_carries_input(session: SshSession) -> None:
+    out = bytearray()
+    argv = ["sh", "-c", "read line; echo got $line; exit 3"]
+    done = threading.Event()
+
+    def feed(sink: Sink) -> None:
+        sink.write(b"word\n")
+        done.wait(10)
+
+    def listen(data: bytes) -> None:
+        out.extend(data)
+        if b"got" in out:
+            done.set()
+
+    assert session.run(argv, feed=feed, on_stdout=listen, terminal=(100, 30)) == 3
+    assert bytes(out) == b"got word\n"
+
+
 def test_capture_tells_what_failed(session: SshSession) -> None:
     with pytest.raises(GuestError, match="exit code 2") as caught:
         capture(session, ["sh", "-c", "echo words >&2; exit 2"])
