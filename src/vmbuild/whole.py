@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from vmbuild.errors import HostError
 
-OURS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EISDIR, errno.EACCES, errno.ENOENT)
+BUFFER_BYTES = 1024 * 1024
 
 
 @contextmanager
 def open_whole(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """Yield a file to write beside `path`; it takes that name when the block ends well and is removed otherwise.
 
-    Raises HostError when the host cannot write it (a full disk, a missing folder, no permission).
+    Links are followed; a pipe or a device is written as it is. `mode` is before the umask. Raises HostError when the
+    host cannot write it (a full disk, a missing folder, no permission); what else fails in the block passes unchanged.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with _blaming(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        with io.BufferedWriter(_Raw(handle, path), BUFFER_BYTES) as stream:
+            yield stream
+        return
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with _blaming(path):
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(_Raw(handle, path), BUFFER_BYTES) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        Path(part).chmod(mode)
-        Path(part).replace(path)
-    except OSError as error:
-        if error.errno in OURS:
-            raise _cannot_write(path, error) from error
-        raise  # of the caller's own work: a connection, a file that it reads
+            with _blaming(path):
+                os.fsync(handle)
+        with _blaming(path):
+            part.replace(path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+class _Raw(io.FileIO):
+    """A file whose own failures are told apart from those of whoever writes it."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        super().__init__(handle, "wb")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        with _blaming(self._path):
+            return super().write(data)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError(
+            f"cannot write {path}: {error.strerror or error}",
+            resolution=f"Make room in {path.parent}, or name another place.",
+        ) from error
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -51,10 +78,3 @@ def hash_file(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _cannot_write(path: Path, error: OSError) -> HostError:
-    return HostError(
-        f"cannot write {path}: {error.strerror or error}",
-        resolution=f"Make room in {path.parent}, or name another place.",
-    )

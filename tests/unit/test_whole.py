@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,11 +57,54 @@ def test_missing_folder_is_the_hosts_fault(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in caught.value.resolution
 
 
-def test_full_disk_is_the_hosts_fault_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="No space left"), open_whole(tmp_path / "out") as file:
+def test_full_disk_is_the_hosts_fault(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="No space left"):
+        write_whole(Path("/dev/full"), bytes(4 * 1024 * 1024))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with pytest.raises(HostError, match=r"cannot write .*out: No space left"):
+            write_whole(tmp_path / "out", bytes(4 * 1024 * 1024))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_what_fails_elsewhere_is_not_this_files_fault(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="elsewhere"), open_whole(tmp_path / "out") as file:
         file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "elsewhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    write_whole(tmp_path / "link", b"data")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"data"
+
+
+def test_a_pipe_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(tmp_path / "pipe", b"data")
+        assert os.read(reader, 10) == b"data"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_umask_counts(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_whole(tmp_path / "out", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o600
 
 
 def test_folder_in_the_way_is_the_hosts_fault_and_leaves_nothing(tmp_path: Path) -> None:

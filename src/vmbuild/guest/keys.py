@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -14,23 +13,17 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
+from vmbuild.whole import write_whole
+
 
 def ensure_key(path: Path, comment: str) -> None:
-    """Make an ed25519 key pair in OpenSSH's format at `path` and `path.pub`, unless it is there."""
+    """Make an ed25519 key pair in OpenSSH's format at `path` and `path.pub`, unless it is there. Raises HostError."""
     if path.exists():
         return
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    path.with_name(path.name + ".pub").write_bytes(public + f" {comment}\n".encode())
-    _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    part.replace(path)
+    write_whole(path.with_name(path.name + ".pub"), public + f" {comment}\n".encode())
+    write_whole(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=0o600)
 
 
 def dropbear_key(path: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
 import time
@@ -11,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vmbuild.guest import keys
+from vmbuild.whole import open_whole
 
 HOST = "10.0.2.2"
 """The host, as a guest behind QEMU's user-mode network sees it (QEMU, net/slirp)."""
@@ -31,7 +31,7 @@ def proxies(environment: Mapping[str, str]) -> dict[str, str]:
 def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, environment: Mapping[str, str]) -> None:
     """Write the seed drive, making both key pairs first where they are missing.
 
-    `environment` reaches dockerd: the proxies of the host.
+    `environment` reaches dockerd: the proxies of the host. Raises HostError when the host cannot write it.
     """
     keys.ensure_key(client_key, "vmbuild host")
     keys.ensure_key(host_key, "vmbuild guest")
@@ -42,15 +42,11 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
         "hostname": f"{hostname}\n".encode(),
         "time": f"{int(time.time())}\n".encode(),
     }
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
+    with open_whole(path, mode=0o600) as out, tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o600
             tar.addfile(info, io.BytesIO(data))
-    part.replace(path)
 
 
 def _quote(value: str) -> str:

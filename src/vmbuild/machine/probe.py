@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ def probe(arch: Arch, cache: Path) -> Qemu:
     except (OSError, ValueError, TypeError, KeyError):
         pass  # never asked, or asked by another vmbuild: ask
     qemu = _ask(str(binary), arch)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(note, json.dumps(asdict(qemu)).encode())
+    with suppress(OSError, HostError):  # a cache that cannot be written is said where it is needed
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(asdict(qemu)).encode())
     return qemu
 
 
