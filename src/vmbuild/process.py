@@ -111,17 +111,25 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
         raise CommandError(argv, program.returncode, words)
 
 
-def start_detached(argv: Sequence[str], *, cwd: Path, log: Path) -> Callable[[], int | None]:
+@contextmanager
+def starting(argv: Sequence[str], *, cwd: Path, log: Path) -> Iterator[Callable[[], int | None]]:
     """Start a program that outlives this process and its terminal, its output in `log`.
 
-    Return a function that tells its exit code, None while it runs. Raises HostError when the program is missing.
+    Yield a function that tells its exit code, None while it runs. When the block, in which it is seen to work, is left
+    by an exception, Ctrl-C included, the program is ended. Raises HostError when it is missing.
     """
     argv = [find_program(argv[0]), *argv[1:]]
-    with log.open("wb") as output:
-        program = subprocess.Popen(
-            argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    return program.poll
+    program: subprocess.Popen[bytes] | None = None
+    try:
+        with log.open("wb") as output:
+            program = subprocess.Popen(
+                argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        yield program.poll
+    except BaseException:
+        if program is not None and program.poll() is None:
+            stop(program.pid)
+        raise
 
 
 def is_alive(pid: int) -> bool:

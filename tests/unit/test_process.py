@@ -68,37 +68,49 @@ def test_feed_tells_why_a_program_stopped_reading(size: int) -> None:
 def test_feed_kills_the_program_when_the_block_fails(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with pytest.raises(KeyboardInterrupt), process.feed(["sh", "-c", f"echo $$ >{note}; exec sleep 60"]):
-        while not note.exists() or not note.read_text().strip():
-            time.sleep(0.02)
+        read_pid(note)
         raise KeyboardInterrupt
-    assert not process.is_alive(int(note.read_text()))
+    assert not process.is_alive(read_pid(note))
 
 
 def test_a_detached_program_logs_and_tells_its_exit_code(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    exit_code = process.start_detached(
-        ["sh", "-c", "ps -o sid= -p $$ || true; echo done; exit 3"], cwd=tmp_path, log=log
-    )
     end = Deadline.after(10)
-    while exit_code() is None and not end.passed:
-        end.sleep(0.02)
+    with process.starting(["sh", "-c", "echo done; exit 3"], cwd=tmp_path, log=log) as exit_code:
+        while exit_code() is None and not end.passed:
+            end.sleep(0.02)
     assert exit_code() == 3
     assert "done" in log.read_text()
 
 
-def test_a_detached_program_is_no_part_of_this_session(tmp_path: Path) -> None:
-    note = tmp_path / "pid"
-    exit_code = process.start_detached(
-        ["sh", "-c", f"echo $$ >{note}; exec sleep 60"], cwd=tmp_path, log=tmp_path / "l"
-    )
+def read_pid(note: Path) -> int:
+    end = Deadline.after(20)
     while not note.exists() or not note.read_text().strip():
-        time.sleep(0.02)
-    pid = int(note.read_text())
+        assert not end.passed, "the program did not start"
+        end.sleep(0.02)
+    return int(note.read_text())
+
+
+def test_a_detached_program_is_no_part_of_this_session_and_goes_on(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    argv = ["sh", "-c", f"echo $$ >{note}; exec sleep 60"]
+    with process.starting(argv, cwd=tmp_path, log=tmp_path / "l") as exit_code:
+        pid = read_pid(note)
     try:
         assert os.getsid(pid) == pid
+        assert exit_code() is None
     finally:
         process.stop(pid)
     assert exit_code() is not None
+
+
+def test_a_detached_program_that_was_not_seen_to_work_is_ended(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    argv = ["sh", "-c", f"echo $$ >{note}; exec sleep 60"]
+    with pytest.raises(KeyboardInterrupt), process.starting(argv, cwd=tmp_path, log=tmp_path / "l"):
+        pid = read_pid(note)
+        raise KeyboardInterrupt
+    assert not process.is_alive(pid)
 
 
 def test_a_zombie_is_not_alive() -> None:

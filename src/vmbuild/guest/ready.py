@@ -57,7 +57,7 @@ def wait_ready(
     `check_alive` raises when the machine is gone. Raises GuestError with the hint of the check that failed.
     """
     report.step("Waiting for the guest")
-    session = _connect(connect, check_alive, deadline)
+    session = connect_when_up(connect, check_alive, deadline)
     try:
         for check in CHECKS:
             _wait_for(check, session, check_alive, deadline)
@@ -67,7 +67,10 @@ def wait_ready(
     return session
 
 
-def _connect(connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline) -> Session:
+def connect_when_up(
+    connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline
+) -> Session:
+    """Return a session as soon as the guest lets us in. Raises GuestError when it does not before the deadline."""
     while True:
         check_alive()
         try:

@@ -112,18 +112,23 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu) -> None:
     )
     write_whole(files.facts, json.dumps(asdict(facts)).encode())
     argv = qemu_argv(spec, qemu, files, facts.uuid)
-    with _writing_in(files.folder):
-        exit_code = process.start_detached(argv, cwd=files.folder, log=files.qemu_log)
-    limit = Deadline.after(START_S)
     try:
-        while not _answers(files):
-            code = exit_code()
-            if code is not None or limit.passed:
-                raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
-            limit.sleep(0.05)
-    except BaseException:  # Ctrl-C included: a QEMU that nobody has seen answer is not left behind
-        stop(files, Deadline.after(0))
+        with _writing_in(files.folder), process.starting(argv, cwd=files.folder, log=files.qemu_log) as exit_code:
+            _wait_for_answer(spec, files, argv, exit_code)
+    except BaseException:
+        _clear_runtime(files)
         raise
+
+
+def _wait_for_answer(
+    spec: MachineSpec, files: MachineFiles, argv: list[str], exit_code: Callable[[], int | None]
+) -> None:
+    limit = Deadline.after(START_S)
+    while not _answers(files):
+        code = exit_code()
+        if code is not None or limit.passed:
+            raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
+        limit.sleep(0.05)
 
 
 def _answers(files: MachineFiles) -> bool:
@@ -257,15 +262,15 @@ def check_alive(files: MachineFiles) -> None:
         )
 
 
-def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[], None] | None = None) -> None:
+def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[Deadline], None] | None = None) -> None:
     """End the machine: ask the guest, then QEMU, then terminate, then kill, each with a limit. Twice is harmless.
 
-    `ask` powers the guest off and may fail: it is only the kindest way.
+    `ask` powers the guest off before the deadline and may fail: it is only the kindest way.
     """
     pid = find_pid(files, load_facts(files))
-    if pid is not None and ask is not None:
+    if pid is not None and ask is not None and _ask(files)[0] == "running":
         with suppress(VmbuildError):
-            ask()
+            ask(deadline)
             process.wait_gone(pid, deadline)
     if pid is not None and process.is_alive(pid):
         with suppress(MachineError), Qmp(files.qmp, Deadline.after(QUIT_S)) as qmp:

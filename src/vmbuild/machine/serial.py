@@ -22,7 +22,7 @@ DETACH = b"\x1d"
 """Ctrl-], as telnet and virsh have it."""
 
 CONNECT_S = 5.0
-QUIET_S = 1.0
+QUIET_S = 3.0
 """How long the console must be silent after the end of piped input: an answer may still come."""
 
 CHUNK_BYTES = 64 * 1024

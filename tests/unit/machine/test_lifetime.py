@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.machine.conftest import make_qemu, make_spec, soon
 from vmbuild import process
+from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, UsageError
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
@@ -30,7 +31,6 @@ def start(files: MachineFiles) -> int:
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits for a QEMU that does not do what it should."""
-    monkeypatch.setattr(lifetime, "START_S", 1.0)
     monkeypatch.setattr(lifetime, "ANSWER_S", 0.3)
     monkeypatch.setattr(lifetime, "QUIT_S", 0.3)
 
@@ -136,6 +136,7 @@ def test_what_qemu_says_is_passed_on(
 @pytest.mark.usefixtures("hurry")
 def test_a_qemu_that_never_answers_is_ended(files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_QEMU_SILENT", "1")
+    monkeypatch.setattr(lifetime, "START_S", 1.0)
     with pytest.raises(MachineError, match="QEMU did not start") as caught:
         start(files)
     assert "did not answer in time" in caught.value.details
@@ -164,17 +165,40 @@ def test_a_stubborn_qemu_is_killed(files: MachineFiles, monkeypatch: pytest.Monk
 
 def test_the_guest_is_asked_first(files: MachineFiles) -> None:
     pid = start(files)
-    lifetime.stop(files, soon(), ask=lambda: os.kill(pid, signal.SIGTERM))
+    lifetime.stop(files, soon(), ask=lambda _: os.kill(pid, signal.SIGTERM))
     assert not process.is_alive(pid)
 
 
 def test_a_guest_that_cannot_be_asked_is_no_hindrance(files: MachineFiles) -> None:
-    def ask() -> None:
+    def ask(limit: Deadline) -> None:
         raise MachineError("nobody there")
 
     pid = start(files)
     lifetime.stop(files, soon(), ask=ask)
     assert not process.is_alive(pid)
+
+
+def test_a_paused_guest_is_not_asked(files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_QEMU_STATUS", "io-error")
+    pid, asked = start(files), list[Deadline]()
+    lifetime.stop(files, soon(), ask=asked.append)
+    assert asked == []
+    assert not process.is_alive(pid)
+
+
+def test_interrupted_before_qemu_has_a_pid_file_it_is_ended(
+    files: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(files: MachineFiles) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifetime, "_answers", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start(files)
+    facts = lifetime.load_facts(files)
+    assert facts is not None
+    assert facts.uuid not in process.run(["ps", "-ww", "-A", "-o", "args="]).decode()
+    assert lifetime.status(files).state == "stopped"
 
 
 def test_a_paused_machine_goes_on(files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
