@@ -8,21 +8,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from vmbuild.deadline import Deadline
-from vmbuild.errors import MachineError, UsageError
-from vmbuild.guest import archive, context, docker, ready, seed, ssh, terminal
-from vmbuild.guest.session import Feed, Session, copy_from, send
+from vmbuild.errors import GuestError, MachineError, UsageError
+from vmbuild.guest import archive, clock, context, docker, ready, seed, ssh, terminal
+from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog, store
 from vmbuild.machine import lifetime, serial
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import probe
 from vmbuild.model import (
+    MIB,
     PLATFORMS,
     BuildRequest,
     BuildResult,
@@ -32,11 +33,16 @@ from vmbuild.model import (
     MachineRequest,
     MachineSpec,
     MachineStatus,
+    format_size,
 )
 from vmbuild.report import Reporter
 from vmbuild.whole import write_whole
 
-POWER_OFF_S = 30.0
+POWER_OFF_S = 60.0
+"""How long a guest may take to power off: Docker alone has ten seconds, on a busy host more."""
+
+LOG_IN_S = 20.0
+"""How long a guest that is asked to power off may take to let us in."""
 
 
 def up(request: MachineRequest, home: Home, report: Reporter) -> MachineStatus:
@@ -50,22 +56,35 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
-        started = _ensure_running(request, files, home, report)
+        # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
+        session = _first_session(request, files, home, report)
     try:
-        session = ready.wait_ready(
-            lambda limit: _connect(files, limit),
-            lambda: lifetime.check_running(files),
-            Deadline.after(request.timeout_s),
-            report,
-        )
-    except BaseException:
-        if started:  # nobody has seen this machine work: leave nothing behind that has to be found and ended
-            lifetime.stop(files, Deadline.after(POWER_OFF_S))
-        raise
-    try:
+        session = session or _wait_ready(request, files, report)
+        clock.set_clock(session, time.time())
         yield session
     finally:
-        session.close()
+        if session is not None:
+            session.close()
+
+
+def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
+    """Start the machine and wait for its guest; None when it runs already."""
+    if not _ensure_running(request, files, home, report):
+        return None
+    try:
+        return _wait_ready(request, files, report)
+    except BaseException:  # nobody has seen this machine work: leave nothing behind that has to be found and ended
+        lifetime.stop(files, Deadline.after(POWER_OFF_S))
+        raise
+
+
+def _wait_ready(request: MachineRequest, files: MachineFiles, report: Reporter) -> Session:
+    return ready.wait_ready(
+        lambda limit: _connect(files, limit),
+        lambda: lifetime.check_running(files),
+        Deadline.after(request.timeout_s),
+        report,
+    )
 
 
 def _ensure_running(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> bool:
@@ -106,8 +125,18 @@ def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestI
 
 
 def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:
-    asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
-    has = {"cpus": now.cpus, "memory": now.memory_mib, "image": now.image}
+    asked = {
+        "cpus": str(request.cpus),
+        "memory": format_size(request.memory_mib * MIB),
+        "disk": format_size(request.disk_bytes),
+        "image": request.image,
+    }
+    has = {
+        "cpus": str(now.cpus),
+        "memory": format_size((now.memory_mib or 0) * MIB),
+        "disk": format_size(now.disk_virtual_bytes or 0),
+        "image": now.image,
+    }
     for key in sorted(request.given & asked.keys()):
         if asked[key] != has[key]:
             report.warn(
@@ -148,32 +177,32 @@ def build(
     """Build a container image in the guest and bring it back. Raises BuildError when a step of the Dockerfile fails."""
     begun = time.monotonic()
     source = None if _is_remote(job.context) else context.open_context(Path(job.context), job.dockerfile, stdin)
+    archive.check_output(job.output)
+    _forget_old_results(job)
     size = 0
-    with (
-        archive.open_output(job.output, stdout) as out,
-        open_session(request, home, report) as session,
-        docker.workspace(session) as work,
-    ):
-        placed = _place_context(source, session, work, report) if source else _leave_context(job, stdin)
-        report.step("Building")
-        argv = docker.build_argv(job, work, placed.where, placed.dockerfile)
-        docker.run_build(session, argv, report.output, feed=placed.feed, terminal=job.terminal, quiet=job.quiet)
-        image_id, metadata = docker.image_id(session, work)
-        if job.output is not None:
-            report.step("Bringing the container image back")
-            known = base_image.known_layers(home.cache)
-            size = archive.write_archive(session, image_id, job.tags, out, known, report)
+    with open_session(request, home, report) as session, docker.workspace(session) as work:
+        placed = _place_context(source, session, work, report) if source else _leave_context(job, stdin, session, work)
+        # Not before the context has gone: the unfinished archive may lie in the context's folder.
+        with archive.open_output(job.output, stdout) as out:
+            report.step("Building")
+            argv = docker.build_argv(job, work, placed.where, placed.dockerfile)
+            docker.run_build(session, argv, report.output, stdin=placed.stdin, terminal=job.terminal, quiet=job.quiet)
+            image_id, metadata = docker.image_id(session, work)
+            if job.output is not None:
+                report.step("Bringing the container image back")
+                known = base_image.known_layers(home.cache)
+                size = archive.write_archive(session, image_id, job.tags, out, known, report)
     _write_result_files(job, image_id, metadata)
     return BuildResult(image_id, job.tags, job.output, size, placed.sent_bytes, time.monotonic() - begun)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A context as the guest sees it: where it is, its Dockerfile, and what goes to the build's standard input."""
+    """A context as the guest sees it: where it is, its Dockerfile, and the file that is the build's standard input."""
 
     where: str
     dockerfile: str | None
-    feed: Feed | None = None
+    stdin: str | None = None
     sent_bytes: int = 0
 
 
@@ -185,17 +214,31 @@ def _place_context(source: context.Context, session: Session, work: docker.Works
     if source.dockerfile_inside is not None:
         return Placed(work.context, f"{work.context}/{source.dockerfile_inside}", None, sent)
     docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
+    # The host has left out what stays at home; BuildKit would ask the context's .dockerignore again.
+    docker.write_file(session, f"{work.dockerfile}.dockerignore", send(b"# nothing more\n"))
     return Placed(work.context, work.dockerfile, None, sent)
 
 
-def _leave_context(job: BuildRequest, stdin: BinaryIO) -> Placed:
-    """Leave a context to Docker that is Docker's to fetch."""
-    return Placed(job.context, job.dockerfile, copy_from(stdin) if job.context == "-" else None)
+def _leave_context(job: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
+    """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
+    if "-" not in (job.context, job.dockerfile):
+        return Placed(job.context, job.dockerfile)
+    sent = docker.write_stdin(session, work, stdin)
+    return Placed(job.context, job.dockerfile, work.stdin, sent)
 
 
 def _is_remote(text: str) -> bool:
     """Tell whether a context is Docker's to fetch: standard input, a URL, or Git's short forms."""
     return text == "-" or "://" in text or text.startswith(("git@", "github.com/"))
+
+
+def _forget_old_results(job: BuildRequest) -> None:
+    """Remove what an earlier build wrote: a build that fails must not leave another's id to be read."""
+    for path in filter(None, (job.iidfile, job.metadata_file)):
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}", resolution="Name a file in a folder that exists.")
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def _write_result_files(job: BuildRequest, image_id: str, metadata: str) -> None:
@@ -243,14 +286,18 @@ def down(name: str, home: Home, report: Reporter) -> bool:
         if lifetime.status(files).state == "stopped":
             return False
         report.step(f"Stopping the machine {name}")
-        lifetime.stop(files, Deadline.after(POWER_OFF_S), ask=lambda: _power_off(files))
+        lifetime.stop(files, Deadline.after(POWER_OFF_S), ask=lambda limit: _power_off(files, limit))
         return True
 
 
-def _power_off(files: MachineFiles) -> None:
-    session = _connect(files, Deadline.after(10))
+def _power_off(files: MachineFiles, deadline: Deadline) -> None:
+    """Ask the guest to power off. Raises MachineError or GuestError when it cannot be asked."""
+    session = ready.connect_when_up(
+        lambda limit: _connect(files, limit), lambda: lifetime.check_running(files), Deadline.after(LOG_IN_S)
+    )
     try:
-        session.run(["poweroff"], deadline=Deadline.after(10))
+        with suppress(GuestError):  # the answer may be lost with the connection
+            session.run(["poweroff"], deadline=deadline)
     finally:
         session.close()
 
@@ -261,6 +308,8 @@ def destroy(name: str, home: Home, report: Reporter) -> bool:
     if not files.folder.exists():
         return False
     with lifetime.lock(files, report):
+        if not files.folder.exists():  # another destroy was first
+            return False
         report.step(f"Destroying the machine {name}")
         lifetime.stop(files, Deadline.after(POWER_OFF_S))
         lifetime.destroy(files)

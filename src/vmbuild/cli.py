@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 
 import click
 
@@ -120,19 +120,40 @@ def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> No
         terminal=terminal,
         quiet=quiet,
     )
-    reporter = _reporter(quiet=quiet)
-    streams = {"stdin": sys.stdin.buffer, "stdout": sys.stdout.buffer}
-    result = build.build(found.as_request(), request, found.home(), reporter, **streams)
+    is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
+    with _standard_input() as stdin:
+        streams = {"stdin": stdin, "stdout": sys.stdout.buffer}
+        result = build.build(found.as_request(), request, found.home(), _reporter(quiet=quiet or is_pure), **streams)
     if as_json:
         ui.print_json(result)
     elif quiet and request.output != "-":
         click.echo(result.image_id)
-    elif not quiet:
+    elif not quiet and not is_pure:
         wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if request.output else ""
         ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
 
 
+def _standard_input() -> BinaryIO:
+    """Return standard input unbuffered: a thread that waits in a buffered read keeps Python from ending."""
+    if sys.stdin is None:  # closed by who started us
+        return open(os.devnull, "rb")  # noqa: PTH123
+    return cast(BinaryIO, open(0, "rb", buffering=0, closefd=False))
+
+
+def _read_output(text: str | None) -> str | None:
+    """Return where -o points, written as a file or as Docker writes it: type=docker,dest=FILE."""
+    if text is None or not text.startswith(("type=", "dest=")):
+        return text
+    fields = dict(part.partition("=")[::2] for part in text.split(","))
+    if fields.keys() != {"type", "dest"} or fields["type"] != "docker":
+        raise UsageError(
+            f"vmbuild cannot write {text}", resolution="Use -o FILE or -o type=docker,dest=FILE, a docker archive."
+        )
+    return fields["dest"]
+
+
 def _check_job(job: dict[str, Any], as_json: bool) -> None:
+    job["output"] = _read_output(job["output"])
     if job["output"] == "-" and sys.stdout.isatty():
         raise UsageError("cannot write an archive to a terminal", resolution="Use -o FILE, or redirect.")
     if job["output"] == "-" and as_json:
@@ -382,8 +403,19 @@ def exit_codes_table() -> str:
 
 def main() -> NoReturn:
     """Run the program."""
-    signal.signal(signal.SIGTERM, _interrupt)  # how CI systems cancel: clean up as after Ctrl-C
+    # How CI systems cancel, and how a terminal says that it is gone: clean up as after Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+def _settle_stdout() -> None:
+    """Write what is left, or let it go: else Python complains of it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001
@@ -398,6 +430,7 @@ def run(argv: Sequence[str]) -> int:
         from vmbuild import ui
 
         ui.show_error(error)
+        _settle_stdout()
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -407,9 +440,8 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone; say nothing, and keep Python from saying it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone: say nothing
+        _settle_stdout()
         return 1
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from vmbuild.errors import VmbuildError
+from vmbuild.errors import HostError, VmbuildError
 from vmbuild.model import format_size
 from vmbuild.report import Meter
 
@@ -149,7 +149,9 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print facts as JSON on standard output."""
-    sys.stdout.write(json.dumps(to_data(value), indent=2, default=str) + "\n")
+    with _blaming_stdout():
+        sys.stdout.write(json.dumps(to_data(value), indent=2, default=str) + "\n")
+        sys.stdout.flush()
 
 
 def to_data(value: Any) -> Any:
@@ -168,4 +170,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text("-" if cell is None else str(cell), overflow="fold") for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+    with _blaming_stdout():
+        Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _blaming_stdout() -> Iterator[None]:
+    """Say what standard output refuses; a reader who has gone is no failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostError(f"cannot write to standard output: {error.strerror or error}") from error

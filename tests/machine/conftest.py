@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 CLI = Path(sys.executable).with_name("vmbuild")
@@ -52,13 +53,12 @@ class Cli:
         }
         return {**os.environ, **own}
 
-    def start(self, *args: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+    def start(self, *args: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
         """Start the program, both outputs piped."""
         return subprocess.Popen(
             [str(CLI), *args],
-            cwd=cwd,
-            env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
+            env=self.env,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -98,6 +98,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     given = os.environ.get("VMBUILD_TEST_CACHE")
     program = Cli(Path(given) if given else folder / "cache", folder / "state")
     program.state.mkdir()
+    program.ok("images", "fetch")  # no test's time limit should have to hold for it
     yield program
     for machine in program.run("list", "--json").json():
         program.run("destroy", "--yes", machine["name"])
@@ -115,6 +116,12 @@ def based(machine: Cli) -> Cli:
     """The program, with its machine up and the base image in it."""
     machine.ok("base", BASE)
     return machine
+
+
+def on_terminal(program: Cli, script: str) -> pexpect.spawn[bytes]:
+    """Run a shell script on a terminal of its own, `vmbuild` on its PATH."""
+    env = {**program.env, "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}"}
+    return pexpect.spawn("/bin/sh", ["-c", script], env=env, timeout=180, dimensions=(30, 100))
 
 
 def interrupt(program: subprocess.Popen[bytes], number: signal.Signals = signal.SIGINT) -> Done:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import tarfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from tests.machine.conftest import BASE, CLI, Cli, interrupt, wait_until
+from tests.machine.conftest import BASE, Cli, interrupt, on_terminal, wait_until
 
 pytestmark = pytest.mark.machine
 
@@ -100,7 +101,7 @@ def test_dockerignore_is_honoured_on_the_host(based: Cli, context: Path) -> None
     write(context, "COPY . /c\nRUN ls -R /c >/list\n")
     (context / ".dockerignore").write_text("secret*\n*.big\n!keep.big\n")
     (context / "secret").write_text("s")
-    (context / "a.big").write_bytes(os.urandom(1000))
+    (context / "a.big").write_bytes(os.urandom(1_000_000))
     (context / "keep.big").write_text("k")
     os.mkfifo(context / "secret-pipe")  # opening it would block for ever
     done = based.ok("build", str(context), "-t", "ignored:1", "--json")
@@ -202,11 +203,66 @@ def test_a_git_repository_as_context(based: Cli, context: Path, tmp_path: Path) 
 
 def test_buildkit_draws_on_a_terminal(based: Cli, context: Path) -> None:
     write(context, "RUN echo drawn\n")
-    program = pexpect.spawn(
-        str(CLI), ["build", str(context), "-t", "drawn:1"], env=based.env, timeout=120, dimensions=(30, 100)
-    )
+    program = on_terminal(based, f"exec vmbuild build {context} -t drawn:1")
     program.expect(r"\[\+\] Building")
     program.expect("Built drawn:1")
     program.expect(pexpect.EOF)
     program.close()
     assert program.exitstatus == 0
+
+
+def test_standard_input_and_a_terminal_at_once(based: Cli, context: Path) -> None:
+    write(context, "COPY two /two\n")
+    (context / "two").write_bytes(bytes(range(256)) * 1000)  # what a terminal would take for Ctrl-C and Ctrl-D
+    program = on_terminal(based, f"tar -C {context} -c . | vmbuild build -t piped:1 -")
+    program.expect(r"\[\+\] Building")
+    program.expect("Built piped:1")
+    program.expect(pexpect.EOF)
+    digest = hashlib.sha256((context / "two").read_bytes()).hexdigest()
+    assert based.guest("docker run --rm piped:1 sha256sum /two").split()[0] == digest
+
+
+def test_ctrl_c_while_standard_input_is_awaited(based: Cli) -> None:
+    program = based.start("build", "-", stdin=subprocess.PIPE)
+    wait_until(lambda: "/stdin" in based.guest("ls -d /var/lib/vmbuild/work/*/stdin || true"), "input is awaited", 60)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(60) == 130
+    assert program.stderr is not None
+    assert b"Fatal" not in program.stderr.read()
+    for pipe in (program.stdin, program.stdout, program.stderr):
+        assert pipe is not None
+        pipe.close()
+
+
+def test_the_archive_may_lie_in_the_context(based: Cli, context: Path) -> None:
+    write(context, "COPY . /c\n")
+    (context / ".dockerignore").write_text("*.tar\n")
+    based.ok("build", str(context), "-o", str(context / "out.tar"))
+    again = based.ok("build", str(context), "-o", f"type=docker,dest={context}/out.tar")
+    assert "CACHED" in again.err
+    names = subprocess.check_output(["skopeo", "inspect", "--raw", f"docker-archive:{context}/out.tar"])
+    assert len(json.loads(names)["layers"]) == 2
+
+
+def test_docker_loads_the_archive(based: Cli, context: Path, tmp_path: Path) -> None:
+    write(context, "RUN echo loaded >/word\n")
+    tagged, nameless = tmp_path / "tagged.tar", tmp_path / "nameless.tar"
+    based.ok("build", str(context), "-t", "loaded:1", "-o", str(tagged))
+    based.guest("docker image rm loaded:1")
+    said = based.ok("ssh", "--", "docker", "load", stdin=tagged.read_bytes()).out.decode()
+    assert "loaded:1" in said
+    assert based.guest("docker run --rm loaded:1 cat /word") == "loaded\n"
+    based.ok("build", str(context), "-o", str(nameless))
+    said = based.ok("ssh", "--", "docker", "load", stdin=nameless.read_bytes()).out.decode()
+    assert "Loaded image ID: sha256:" in said
+
+
+def test_json_is_all_that_rawjson_gives(based: Cli, context: Path) -> None:
+    write(context, "RUN true\n")
+    text = based.ok("build", str(context), "--progress", "rawjson").err.strip()
+    found, decoder = list[dict[str, object]](), json.JSONDecoder()
+    while text:
+        value, end = decoder.raw_decode(text)  # fails on anything but JSON
+        found.append(value)
+        text = text[end:].lstrip()
+    assert any("vertexes" in value for value in found)

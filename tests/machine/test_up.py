@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,24 @@ def test_two_at_once_start_one_machine(cli: Cli) -> None:
     assert not folder.exists()
 
 
+def test_one_of_two_that_is_interrupted_takes_nothing_from_the_other(cli: Cli) -> None:
+    twin = cli.named("twin")
+    first = twin.start("up")
+    wait_until(lambda: b"running" in twin.run("status", "--json").out, "QEMU runs", 60)
+    second = twin.start("up")
+    assert interrupt(first).code == 130
+    _, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err.decode()
+    assert twin.ok("status", "--json").json()["state"] == "running"
+    twin.ok("destroy", "--yes")
+
+
+def test_a_clock_that_is_late_is_set(machine: Cli) -> None:
+    machine.guest("date -u -s @1500000000")
+    machine.ok("up")
+    assert abs(int(machine.guest("date +%s")) - time.time()) <= 5
+
+
 def test_killed_qemu_costs_no_data(machine: Cli) -> None:
     machine.guest("echo kept >/var/lib/vmbuild/kept; sync")
     pid = machine.ok("status", "--json").json()["pid"]
@@ -107,6 +126,21 @@ def test_down_leaves_the_disk_and_nothing_that_runs(machine: Cli) -> None:
     machine.ok("up")
     assert machine.guest("cat /var/lib/vmbuild/down").strip() == "kept"
     assert "recovering journal" not in machine.guest("cat /run/vmbuild/e2fsck.log")
+
+
+def test_a_disk_that_cannot_be_read_is_not_formatted(cli: Cli) -> None:
+    torn = cli.named("torn")
+    torn.ok("up")
+    torn.ok("down")
+    disk = torn.state / "machines" / "torn" / "disk.qcow2"
+    superblock = "1024 1024"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P 0 {superblock}", str(disk)], check=True)
+    done = torn.run("up")
+    assert done.code == 6
+    assert "left as it is" in done.err
+    read = subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"read -P 0 {superblock}", str(disk)], check=False)
+    assert read.returncode == 0
+    torn.ok("destroy", "--yes")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")

@@ -226,3 +226,50 @@ def test_a_machine_whose_facts_are_lost_is_listed(
 def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "logs", fail_with(AssertionError("asked")))
     assert cli.run(["logs", "--lines", "-5"]) == 2
+
+
+def test_a_docker_archive_is_named_as_docker_names_it(built: Record, home: Path) -> None:
+    assert cli.run(["build", str(home), "-o", "type=docker,dest=out.tar"]) == 0
+    assert built[0][1].output == "out.tar"
+
+
+@pytest.mark.parametrize("output", ["type=oci,dest=x.tar", "type=local,dest=x", "type=docker", "dest=x", "type=image"])
+def test_what_cannot_be_written_is_refused(built: Record, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["build", "-o", output]) == UsageError.exit_code
+    assert output in capsys.readouterr().err
+    assert built == []
+
+
+def test_rawjson_comes_alone(built: Record, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["build", str(home), "--progress", "rawjson"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def run_program(script: str) -> subprocess.CompletedProcess[str]:
+    argv = ["sh", "-c", script, str(Path(sys.executable).with_name("vmbuild"))]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["config", "config --json", "list --json"])
+def test_a_full_disk_behind_standard_output_is_said(command: str) -> None:
+    done = run_program(f'"$0" {command} >/dev/full')
+    assert done.returncode == HostError.exit_code
+    assert "standard output: No space left" in done.stderr
+    assert "defect" not in done.stderr
+
+
+def test_a_closed_standard_input_is_an_empty_one() -> None:
+    done = run_program('"$0" build ./none <&-')
+    assert done.returncode == UsageError.exit_code
+    assert "none is not a folder" in done.stderr
+
+
+@pytest.mark.parametrize(("before", "code"), [("", 130), ("trap '' HUP; ", 0)], ids=["hang-up", "nohup"])
+def test_a_terminal_that_goes_interrupts_unless_it_is_ignored(tmp_path: Path, before: str, code: int) -> None:
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\nfrom vmbuild import cli\n"
+        "cli.run = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "try:\n    cli.main()\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    done = subprocess.run(["sh", "-c", f'{before}exec "{sys.executable}" {tmp_path}/program.py'], check=False)
+    assert done.returncode == code

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
 MACHINE = {"files", "probe", "argv", "qmp", "serial", "lifetime"}
-GUEST = {"session", "keys", "seed", "ssh", "terminal", "ready", "context", "docker", "archive"}
+GUEST = {"session", "keys", "seed", "ssh", "terminal", "ready", "clock", "context", "docker", "archive"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.seed": GROUND | {"guest.keys"},
     "guest.ssh": GROUND | {"guest.session"},
     "guest.terminal": GROUND | {"guest.session"},
+    "guest.clock": {"guest.session"},
     "guest.ready": GROUND | {"guest.session"},
     "guest.context": GROUND | {"guest.session"},
     "guest.docker": GROUND | {"guest.session"},

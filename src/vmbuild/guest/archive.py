@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import IO, cast
 
 import zstandard
 
-from vmbuild.errors import GuestError, UsageError
+from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest.session import Output, Session, capture
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import open_whole
@@ -59,27 +60,38 @@ class Blob:
         return cls(digest, size, str(descriptor["mediaType"]))
 
 
+def check_output(output: str | None) -> None:
+    """See that an archive can be written there: a place that cannot costs no build. Raises HostError or UsageError."""
+    if output in (None, "-"):
+        return
+    path = Path(str(output))
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"cannot write the archive to {output}", resolution="Name a file in a folder that exists.")
+    if not os.access(path if path.exists() and not path.is_file() else path.resolve().parent, os.W_OK):
+        raise HostError(f"cannot write the archive to {output}: no permission", resolution="Name another place.")
+
+
 @contextmanager
 def open_output(output: str | None, stdout: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Yield where an archive goes: a file that appears whole, or standard output for `-`.
-
-    Opened before the build, so that a place that cannot be written costs no build. Raises HostError or UsageError.
-    """
-    if output == "-":
-        yield stdout
-        stdout.flush()
-    elif output is None:
+    """Yield where an archive goes: a file that appears whole, or standard output for `-`. Raises HostError."""
+    if output is None:
         yield io.BytesIO()
+    elif output == "-":
+        yield stdout
+        with _blaming_reader():
+            stdout.flush()
     else:
-        path = Path(output).resolve()
-        if path.is_fifo() or path.is_char_device():
-            with path.open("wb") as stream:
-                yield stream
-            return
-        if path.is_dir() or not path.parent.is_dir():
-            raise UsageError(f"cannot write the archive to {output}", resolution="Name a file in a folder that exists.")
-        with open_whole(path) as file:
+        with open_whole(Path(output)) as file:
             yield file
+
+
+@contextmanager
+def _blaming_reader() -> Iterator[None]:
+    """Say what standard output refuses: its reader has gone, or its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"cannot write the archive to standard output: {error.strerror or error}") from error
 
 
 def write_archive(
@@ -239,5 +251,6 @@ class _Archive:
         return self._total
 
     def _put(self, data: bytes) -> None:
-        self._out.write(data)
+        with _blaming_reader():
+            self._out.write(data)
         self._total += len(data)

@@ -13,7 +13,7 @@ import zstandard
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
-from vmbuild.guest.session import Feed, Output, Session, Sink, capture
+from vmbuild.guest.session import CHUNK_BYTES, Feed, Output, Session, Sink, capture
 from vmbuild.model import BuildRequest
 from vmbuild.report import Meter
 
@@ -25,6 +25,11 @@ TAR = "/usr/bin/tar"
 
 WORK = "/var/lib/vmbuild/work"
 TAIL_BYTES = 64 * 1024
+
+KILLED = 255
+"""What a session gives for a program that a signal ended, and no exit code of buildx's own."""
+
+_LOGS = "See `vmbuild logs`, and /var/log/docker.log in the guest (`vmbuild ssh`); then run the command again."
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class Workspace:
     def dockerfile(self) -> str:
         """Where a Dockerfile lies that is not part of the context."""
         return f"{self.folder}/Dockerfile"
+
+    @property
+    def stdin(self) -> str:
+        """Where the host's standard input lies that a build reads."""
+        return f"{self.folder}/stdin"
 
     @property
     def layer(self) -> str:
@@ -67,14 +77,14 @@ def workspace(session: Session) -> Iterator[Workspace]:
 
 
 def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Meter) -> int:
-    """Unpack a tar stream as the build context; return its bytes. Raises BuildError when the guest cannot."""
+    """Unpack a tar stream as the build context; return its bytes. Raises GuestError when the guest cannot."""
     counter = _Counter(meter)
     _unpack(session, work, lambda sink: write_tar(counter.through(sink)), "--no-same-owner")
     return counter.total
 
 
 def unpack_tree(session: Session, work: Workspace, write_tar: Feed) -> None:
-    """Unpack a tar stream as a root tree, owners and all. Raises BuildError when the guest cannot."""
+    """Unpack a tar stream as a root tree, owners and all. Raises GuestError when the guest cannot."""
     _unpack(session, work, write_tar, "--numeric-owner")
 
 
@@ -112,20 +122,41 @@ class _Counter:
 
 
 def write_file(session: Session, path: str, feed: Feed) -> None:
-    """Write a file in the guest. Raises BuildError when the guest cannot."""
+    """Write a file in the guest. Raises GuestError when the guest cannot."""
     errors = bytearray()
     if session.run(["sh", "-c", 'cat >"$1"', "write", path], feed=feed, on_stderr=errors.extend) != 0:
         raise _unpack_failed(errors.decode(errors="replace"))
 
 
-def _unpack_failed(details: str) -> BuildError:
+def write_stdin(session: Session, work: Workspace, stdin: IO[bytes]) -> int:
+    """Write the host's standard input to a file in the guest; return its bytes. Raises GuestError.
+
+    A build that had it as its own input could have no terminal, and would not end before its input does.
+    """
+    sent = 0
+
+    def feed(sink: Sink) -> None:
+        nonlocal sent
+        while data := stdin.read(CHUNK_BYTES):
+            sink.write(data)
+            sent += len(data)
+
+    write_file(session, work.stdin, feed)
+    return sent
+
+
+def _unpack_failed(details: str) -> GuestError:
     if "No space left" in details:
-        return BuildError(
-            "the machine's disk is full",
-            details=details,
-            resolution="Make room (`vmbuild ssh -- docker system prune -a`) or start with a larger --disk.",
-        )
-    return BuildError("the build context could not be unpacked in the guest", details=details)
+        return _disk_full(details)
+    return GuestError("the build context could not be unpacked in the guest", details=details)
+
+
+def _disk_full(details: str) -> GuestError:
+    return GuestError(
+        "the machine's disk is full",
+        details=details,
+        resolution="Make room (`vmbuild ssh -- docker system prune -a`), or start with a larger --disk.",
+    )
 
 
 def build_argv(job: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
@@ -148,11 +179,14 @@ def run_build(
     argv: Sequence[str],
     output: Output,
     *,
-    feed: Feed | None,
+    stdin: str | None,
     terminal: tuple[int, int] | None,
     quiet: bool,
 ) -> None:
-    """Run a build, passing its output on. Raises BuildError that names the step and the exit code that failed it."""
+    """Run a build, passing its output on; `stdin` is a file in the guest.
+
+    Raises BuildError that names the step and the exit code that failed it, GuestError when the guest is at fault.
+    """
     tail = bytearray()
 
     def listen(data: bytes) -> None:
@@ -161,7 +195,9 @@ def run_build(
         if not quiet:
             output(data)
 
-    code = session.run(argv, feed=feed, on_stdout=listen, on_stderr=listen, terminal=terminal)
+    if stdin is not None:
+        argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
+    code = session.run(argv, on_stdout=listen, on_stderr=listen, terminal=terminal)
     if code != 0:
         if quiet:
             output(bytes(tail))
@@ -182,7 +218,7 @@ _LINE = re.compile(r"^(?P<where>\S.*:\d+)\n-{3,}$", re.MULTILINE)
 _ERROR = re.compile(r"^ERROR: (?:failed to (?:solve|build): )*(?P<what>.*)$", re.MULTILINE)
 
 
-def explain_failure(output: str, code: int) -> BuildError:
+def explain_failure(output: str, code: int) -> BuildError | GuestError:
     """Return the error that BuildKit's last output tells, as buildx 0.13 to 0.2x print it."""
     text = _ESCAPE.sub("", output).replace("\r", "")
     steps, exits, errors = (list(pattern.finditer(text)) for pattern in (_STEP, _EXIT, _ERROR))
@@ -191,7 +227,15 @@ def explain_failure(output: str, code: int) -> BuildError:
         brief = f"{steps[-1]['what']} failed with exit code {exits[-1]['code']}"
         where = f"step {steps[-1]['where']}" + (f", {lines[-1]}" if lines else "")
         return BuildError(brief, details=where)
+    if not errors and code == KILLED:
+        return GuestError("docker build was killed in the guest", details=text[-2000:], resolution=_LOGS)
     what = errors[-1]["what"] if errors else f"docker build ended with exit code {code}"
+    if "no space left on device" in what:
+        return _disk_full(what)
+    if re.search(
+        r"Cannot connect to the Docker daemon|/run/docker\.sock|transport is closing|error reading from server", what
+    ):
+        return GuestError("Docker in the guest went away", details=what, resolution=_LOGS)
     return BuildError(what, details=lines[-1] if lines else text[-2000:], resolution=_advice(what))
 
 
@@ -201,8 +245,6 @@ def _advice(what: str) -> str:
             "The guest could not reach the registry. For a Debian base image, `vmbuild base debian:trixie-slim` "
             "makes one from signed packages, without a registry."
         )
-    if "no space left on device" in what:
-        return "The machine's disk is full: `vmbuild ssh -- docker system prune -a`, or a larger --disk."
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import IO, Protocol
+from typing import Protocol
 
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError
@@ -57,16 +57,6 @@ def send(data: bytes) -> Feed:
 
     def feed(sink: Sink) -> None:
         sink.write(data)
-
-    return feed
-
-
-def copy_from(source: IO[bytes]) -> Feed:
-    """Return a feed of all that a file, or standard input, holds."""
-
-    def feed(sink: Sink) -> None:
-        while data := source.read(CHUNK_BYTES):
-            sink.write(data)
 
     return feed
 

@@ -40,6 +40,7 @@ class SshSession:
     def __init__(self, transport: paramiko.Transport, watch: Watch) -> None:
         self._transport = transport
         self._watch = watch
+        self._in_vain: VmbuildError | None = None
 
     @classmethod
     def connect(cls, endpoint: Endpoint, deadline: Deadline, watch: Watch = lambda: None) -> SshSession:
@@ -74,6 +75,8 @@ class SshSession:
         deadline: Deadline = NEVER,
     ) -> int:
         """Run a program and return its exit code; see `Session.run`."""
+        if self._in_vain is not None:  # nothing runs there any more, not even what would clean up
+            raise self._in_vain
         try:
             channel = self._transport.open_session(WINDOW_BYTES, timeout=deadline.remaining_s(60))
             with _closed_after(channel, deadline.remaining_s(60)):
@@ -84,8 +87,15 @@ class SshSession:
             if deadline.passed:
                 raise _too_late() from error
             raise GuestError("the connection to the guest broke", details=str(error)) from error
-        run = _Run(channel, feed, on_stdout, on_stderr, deadline, self._watch, has_terminal=terminal is not None)
+        run = _Run(channel, feed, on_stdout, on_stderr, deadline, self._ask_watch, has_terminal=terminal is not None)
         return run.to_the_end(self._signal)
+
+    def _ask_watch(self) -> None:
+        try:
+            self._watch()
+        except VmbuildError as error:
+            self._in_vain = error
+            raise
 
     def _signal(self, group: str, name: str) -> None:
         with suppress(paramiko.SSHException, OSError, EOFError):
@@ -240,6 +250,10 @@ class _Run:
 
     def _end(self, signal: Signal) -> None:
         """End the program in the guest: ask, terminate, kill, each with a limit."""
+        try:
+            self._watch()
+        except VmbuildError:  # the machine stands still, or is gone
+            return
         started = Deadline.after(START_S)
         while self._group is None and not self._channel.closed and not started.passed:
             self._take_head(self._channel.recv(1024)) if self._channel.recv_ready() else started.sleep(0.05)

@@ -29,6 +29,7 @@ from vmbuild.guest.docker import (
     unpack_tree,
     workspace,
     write_file,
+    write_stdin,
 )
 from vmbuild.guest.session import send
 from vmbuild.model import BuildRequest
@@ -231,24 +232,51 @@ def test_output_that_says_nothing_is_shown() -> None:
     assert "Segmentation fault" in error.details
 
 
+@pytest.mark.parametrize(
+    ("output", "code", "words"),
+    [
+        ("#5 [2/2] RUN make\n", 255, "killed in the guest"),
+        ("ERROR: failed to solve: write /var/lib/docker/x: no space left on device\n", 1, "disk is full"),
+        ("ERROR: Cannot connect to the Docker daemon at unix:///var/run/docker.sock.\n", 1, "went away"),
+        (
+            "ERROR: failed to receive status: rpc error: code = Unavailable desc = error reading from server: EOF\n",
+            1,
+            "went away",
+        ),
+    ],
+)
+def test_a_guest_at_fault_is_told_from_a_dockerfile_at_fault(output: str, code: int, words: str) -> None:
+    error = explain_failure(output, code)
+    assert words in error.brief
+    assert error.exit_code == GuestError.exit_code
+    assert error.resolution
+
+
 def session_for(code: int, stdout: bytes = b"", stderr: bytes = b"") -> FakeSession:
     return FakeSession((("buildx",), Reply(code, stdout, stderr)))
 
 
 def test_a_good_build_passes_both_outputs_on() -> None:
     session, heard = session_for(0, stdout=b"out", stderr=b"err"), bytearray()
-    run_build(session, ["buildx", "build"], heard.extend, feed=send(b"tar"), terminal=(80, 24), quiet=False)
+    run_build(session, ["buildx", "build"], heard.extend, stdin=None, terminal=(80, 24), quiet=False)
     assert bytes(heard) == b"outerr"
-    assert (session.calls[0].stdin, session.calls[0].terminal) == (b"tar", (80, 24))
+    assert session.calls[0].terminal == (80, 24)
+
+
+def test_a_build_reads_its_standard_input_from_a_file(tmp_path: Path) -> None:
+    work, heard = Workspace(str(tmp_path)), bytearray()
+    assert write_stdin(HostSession(), work, io.BytesIO(b"tar" * 1_000_000)) == 3_000_000
+    run_build(HostSession(), ["wc", "-c"], heard.extend, stdin=work.stdin, terminal=None, quiet=False)
+    assert heard.split() == [b"3000000"]
 
 
 def test_a_quiet_build_says_nothing_unless_it_fails() -> None:
     heard = bytearray()
-    run_build(session_for(0, stderr=b"words"), ["buildx"], heard.extend, feed=None, terminal=None, quiet=True)
+    run_build(session_for(0, stderr=b"words"), ["buildx"], heard.extend, stdin=None, terminal=None, quiet=True)
     assert heard == b""
     with pytest.raises(BuildError, match="RUN exit 3 failed with exit code 3"):
         failed = session_for(1, stderr=FAILED_RUN.encode())
-        run_build(failed, ["buildx"], heard.extend, feed=None, terminal=None, quiet=True)
+        run_build(failed, ["buildx"], heard.extend, stdin=None, terminal=None, quiet=True)
     assert heard.decode() == FAILED_RUN
 
 
@@ -257,7 +285,7 @@ def test_only_the_end_of_a_long_output_is_kept() -> None:
     noise = b"x" * 80 + b"\n"
     with pytest.raises(BuildError, match="exit code 3") as caught:
         said = session_for(1, stdout=noise * 10_000, stderr=FAILED_RUN.encode())
-        run_build(said, ["buildx"], heard.extend, feed=None, terminal=None, quiet=False)
+        run_build(said, ["buildx"], heard.extend, stdin=None, terminal=None, quiet=False)
     assert len(heard) == 810_000 + len(FAILED_RUN)
     assert len(caught.value.details) < 5000
 
@@ -362,7 +390,7 @@ def test_a_strange_time_is_no_failure(tmp_path: Path, source: Path, when: int) -
 def test_a_stream_that_is_no_tar_is_an_error(tmp_path: Path) -> None:
     work = Workspace(str(tmp_path))
     Path(work.context).mkdir()
-    with pytest.raises(BuildError):
+    with pytest.raises(GuestError):
         unpack_context(HostSession(), work, send(b"no tar at all" * 500), CountingMeter())
 
 
@@ -373,7 +401,7 @@ def test_a_full_disk_while_unpacking_is_told_with_a_way_out() -> None:
         lambda: unpack_tree(session, WORK, send(b"x")),
         lambda: write_file(session, "/w/f", send(b"x")),
     ):
-        with pytest.raises(BuildError, match="disk is full") as caught:
+        with pytest.raises(GuestError, match="disk is full") as caught:
             unpack()
         assert "--disk" in caught.value.resolution
 
@@ -438,4 +466,4 @@ def test_what_was_said_long_before_the_end_is_forgotten() -> None:
     """Only so much output is kept in memory, however much a build says."""
     session = session_for(9, stdout=FAILED_RUN.encode(), stderr=b"noise\n" * 20_000)
     with pytest.raises(BuildError, match="docker build ended with exit code 9"):
-        run_build(session, ["buildx"], bytearray().extend, feed=None, terminal=None, quiet=False)
+        run_build(session, ["buildx"], bytearray().extend, stdin=None, terminal=None, quiet=False)

@@ -7,7 +7,7 @@ import pytest
 from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError
-from vmbuild.guest.session import CHUNK_BYTES, Session, WrongHostKeyError, capture, copy_from, send
+from vmbuild.guest.session import Session, WrongHostKeyError, capture, send
 
 
 class CountingSink(io.BytesIO):
@@ -28,21 +28,6 @@ def test_send_feeds_all_bytes_and_again_when_asked_again() -> None:
         sink = io.BytesIO()
         feed(sink)
         assert sink.getvalue() == b"\0abc\n"
-
-
-def test_copy_from_feeds_a_file_piece_by_piece() -> None:
-    data = bytes(range(256)) * (3 * CHUNK_BYTES // 256) + b"rest"
-    sink = CountingSink()
-    copy_from(io.BytesIO(data))(sink)
-    assert sink.getvalue() == data
-    assert max(sink.sizes) <= CHUNK_BYTES
-    assert len(sink.sizes) == 4
-
-
-def test_copy_from_an_empty_file_feeds_nothing() -> None:
-    sink = CountingSink()
-    copy_from(io.BytesIO())(sink)
-    assert sink.sizes == []
 
 
 def test_capture_returns_standard_output_alone() -> None:

@@ -1,0 +1,215 @@
+"""The recipe: what it does in which order, and what is left when something fails. The guest is a table of answers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from tests.unit.guest.fakes import FakeSession, Reply
+from tests.unit.machine.conftest import PROGRAMS, make_qemu, make_spec
+from vmbuild import build
+from vmbuild.errors import BuildError, GuestError, UsageError
+from vmbuild.guest import docker, ready
+from vmbuild.guest.archive import BLOBS
+from vmbuild.machine import lifetime
+from vmbuild.machine.files import MachineFiles
+from vmbuild.model import BuildRequest, Home, MachineRequest
+from vmbuild.report import SilentReporter
+
+CONFIG = b"{}"
+CONFIG_DIGEST = hashlib.sha256(CONFIG).hexdigest()
+MANIFEST = json.dumps(
+    {
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {"digest": f"sha256:{CONFIG_DIGEST}", "size": len(CONFIG), "mediaType": "config+gzip"},
+        "layers": [],
+    }
+).encode()
+IMAGE = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
+REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
+
+
+class Guest(FakeSession):
+    """A guest in which every build succeeds, or ends with `code`."""
+
+    def __init__(self, code: int = 0) -> None:
+        super().__init__(
+            (("cat", "/w/metadata.json"), Reply(stdout=json.dumps({"containerimage.digest": IMAGE}).encode())),
+            (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
+            (("cat",), Reply(stdout=MANIFEST)),
+            ((docker.BUILDX,), Reply(code)),
+            (("rm",), Reply()),
+        )
+        self.code = code
+
+    def run(self, argv: Sequence[str], **options: Any) -> int:
+        if argv[0] == "sh":
+            self.table = ((("sh",), self._shell(argv)), *[row for row in self.table if row[0] != ("sh",)])
+        return super().run(argv, **options)
+
+    def _shell(self, argv: Sequence[str]) -> Reply:
+        if "mktemp" in argv[2]:
+            return Reply(stdout=b"/w\n")
+        return Reply(self.code if docker.BUILDX in argv else 0)
+
+    def shells(self, word: str) -> list[Any]:
+        """Return the shell calls that have this word among their arguments."""
+        return [call for call in self.ran("sh") if word in call.argv]
+
+    def sent_names(self) -> list[str]:
+        """Return the names in the context that was sent."""
+        (call,) = self.shells("unpack")
+        plain = zstandard.ZstdDecompressor().decompressobj().decompress(call.stdin)
+        with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+            return tar.getnames()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "cache", tmp_path / "state")
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    folder = tmp_path / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text("FROM scratch\n")
+    return folder
+
+
+@pytest.fixture
+def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
+    """Run a build in a guest and return the guest."""
+
+    def do(job: BuildRequest, *, stdin: bytes = b"", code: int = 0) -> Guest:
+        guest = Guest(code)
+
+        @contextmanager
+        def open_session(*_: object) -> Iterator[FakeSession]:
+            yield guest
+
+        monkeypatch.setattr(build, "open_session", open_session)
+        build.build(REQUEST, job, home, SilentReporter(), stdin=io.BytesIO(stdin), stdout=io.BytesIO())
+        return guest
+
+    return do
+
+
+def test_the_unfinished_archive_is_no_part_of_the_context(run: Callable[..., Guest], context: Path) -> None:
+    guest = run(BuildRequest(str(context), output=str(context / "out.tar")))
+    assert guest.sent_names() == ["Dockerfile"]
+    assert (context / "out.tar").stat().st_size > 0
+
+
+def test_a_place_that_cannot_be_written_costs_no_build(run: Callable[..., Guest], context: Path) -> None:
+    for output in (str(context), str(context / "none" / "out.tar")):
+        with pytest.raises(UsageError, match="cannot write the archive"):
+            run(BuildRequest(str(context), output=output))
+    with pytest.raises(UsageError, match="cannot write"):
+        run(BuildRequest(str(context), iidfile=context / "none" / "iid"))
+
+
+@pytest.mark.parametrize(
+    ("place", "dockerfile"), [("-", None), ("https://example.org/x.git", "-")], ids=["context", "Dockerfile"]
+)
+def test_standard_input_goes_before_the_build(run: Callable[..., Guest], place: str, dockerfile: str | None) -> None:
+    guest = run(BuildRequest(place, dockerfile=dockerfile, terminal=(80, 24), progress="tty"), stdin=b"FROM scratch")
+    (sent,) = guest.shells("write")
+    assert (sent.argv[-1], sent.stdin) == ("/w/stdin", b"FROM scratch")
+    (built,) = guest.shells(docker.BUILDX)
+    assert (built.argv[3], built.terminal) == ("/w/stdin", (80, 24))
+
+
+def test_a_dockerfile_elsewhere_brings_its_own_rules(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:
+    (context / ".dockerignore").write_text("dist\n")
+    (context / "dist").write_text("needed")
+    (tmp_path / "api.Dockerfile").write_text("FROM scratch\nCOPY dist /\n")
+    (tmp_path / "api.Dockerfile.dockerignore").write_text("other\n")
+    guest = run(BuildRequest(str(context), dockerfile=str(tmp_path / "api.Dockerfile")))
+    assert "dist" in guest.sent_names()
+    # BuildKit takes the file beside the Dockerfile for all of the rules, and asks the context's no more.
+    rules = [call.stdin for call in guest.shells("write") if call.argv[-1] == "/w/Dockerfile.dockerignore"]
+    assert [line for line in rules[0].decode().splitlines() if not line.startswith("#")] == []
+
+
+def test_a_failed_build_leaves_no_older_id(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:
+    job = BuildRequest(str(context), iidfile=tmp_path / "iid", metadata_file=tmp_path / "meta")
+    run(job)
+    assert (tmp_path / "iid").read_text() == IMAGE
+    assert json.loads((tmp_path / "meta").read_text()) == {"containerimage.digest": IMAGE}
+    with pytest.raises(BuildError):
+        run(job, code=1)
+    assert not (tmp_path / "iid").exists()
+    assert not (tmp_path / "meta").exists()
+
+
+class Warnings(SilentReporter):
+    """Keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.heard.append(text)
+
+
+@pytest.fixture
+def machine(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineFiles]:
+    """A machine of the fake QEMU that runs."""
+    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
+    files = MachineFiles.at(home.state, "box")
+    lifetime.prepare(make_spec(home.state), files, explicit_disk=False)
+    files.seed.write_bytes(bytes(512))
+    lifetime.start(make_spec(home.state), files, make_qemu())
+    yield files
+    if files.folder.exists():
+        build.destroy("box", home, SilentReporter())
+
+
+def test_what_a_running_machine_cannot_become_is_said(
+    home: Home, machine: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
+    report = Warnings()
+    asked = replace(REQUEST, disk_bytes=5 << 30, memory_mib=4096, given=frozenset({"disk", "memory", "cpus"}))
+    with build.open_session(asked, home, report):
+        pass
+    assert ["disk 1.0 GiB; 5.0 GiB" in text or "memory 2.0 GiB; 4.0 GiB" in text for text in report.heard] == [True] * 2
+
+
+def test_a_running_machine_survives_one_who_waits_in_vain(
+    home: Home, machine: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: object) -> None:
+        raise GuestError("not ready")
+
+    monkeypatch.setattr(ready, "wait_ready", give_up)
+    with pytest.raises(GuestError), build.open_session(REQUEST, home, SilentReporter()):
+        pass
+    assert lifetime.status(machine).state == "running"
+
+
+def test_destroyed_by_two_it_is_gone_once(home: Home, machine: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, answers = lifetime.lock, list[bool]()
+
+    @contextmanager
+    def lock(files: MachineFiles, report: SilentReporter) -> Iterator[None]:
+        monkeypatch.setattr(lifetime, "lock", original)
+        answers.append(build.destroy("box", home, SilentReporter()))  # the other one was quicker
+        with original(files, report):
+            yield
+
+    monkeypatch.setattr(lifetime, "lock", lock)
+    answers.append(build.destroy("box", home, SilentReporter()))
+    assert answers == [True, False]
