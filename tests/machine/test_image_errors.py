@@ -18,7 +18,7 @@ import requests
 
 from tests.machine.conftest import Cli, wait_until
 from vmbuild.image.catalog import load_image
-from vmbuild.image.mirrors import resolve_mirror
+from vmbuild.image.mirrors import mirror_urls
 
 pytestmark = pytest.mark.machine
 
@@ -42,7 +42,7 @@ class Mirror:
 def mirror() -> Iterator[Mirror]:
     found = Mirror()
     for repository in load_image("debian-13-arm64").repositories:
-        found.upstream[repository.mirror] = resolve_mirror(repository, {})
+        found.upstream[repository.mirror] = mirror_urls(repository, {})[0]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import io
-import re
 import tarfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from vmbuild.address import seen_from_guest
 from vmbuild.guest import keys
 from vmbuild.whole import open_whole
 
-HOST = "10.0.2.2"
-"""The host, as a guest behind QEMU's user-mode network sees it (QEMU, net/slirp)."""
-
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-_LOOPBACK = re.compile(r"(?<=://)(?P<user>[^@/]*@)?(?:localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)")
 
 
 def proxies(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the proxy variables of an environment as they are right in a guest: the host's loopback is elsewhere."""
-    return {
-        name: _LOOPBACK.sub(lambda match: (match["user"] or "") + HOST, environment[name])
-        for name in PROXIES
-        if environment.get(name)
-    }
+    return {name: seen_from_guest(environment[name]) for name in PROXIES if environment.get(name)}
 
 
 def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, environment: Mapping[str, str]) -> None:

@@ -18,15 +18,15 @@ from pathlib import Path
 import zstandard
 from debian.deb822 import Deb822
 
+from vmbuild.address import seen_from_guest, without_credentials
 from vmbuild.errors import GuestImageError
 from vmbuild.image import rootfs
 from vmbuild.image.catalog import BaseSpec
 from vmbuild.image.debian import open_indexes
 from vmbuild.image.fetch import fetch_all
-from vmbuild.image.mirrors import resolve_mirror
-from vmbuild.image.packages import Package, package_downloads, package_path, resolve_closure
+from vmbuild.image.packages import Package, PackageIndex, package_downloads, package_path, resolve_closure
 from vmbuild.image.tree import File, Keep, Member, TreeWriter, Writable, read_members
-from vmbuild.model import Arch, Repository
+from vmbuild.model import Arch
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, open_whole, write_whole
 
@@ -165,7 +165,7 @@ def plan(spec: BaseSpec, arch: Arch, mirrors: Mapping[str, str], cache: Path, re
     packages = resolve_closure(indexes, spec.packages, essential=spec.essential)
     report.step(f"Downloading {len(packages)} packages")
     fetch_all(package_downloads(packages, cache / "packages"), report, label="download")
-    sources = "\n".join(_source(repository, mirrors) for repository in spec.repositories)
+    sources = "\n".join(map(_source, indexes))
     facts = [RECIPE, str(arch), sources, spec.exclude, [package.sha256 for package in packages]]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = cache / "bases"
@@ -173,9 +173,14 @@ def plan(spec: BaseSpec, arch: Arch, mirrors: Mapping[str, str], cache: Path, re
     return BasePlan(spec, packages, cache / "packages", sources, folder / f"{spec.name}-{digest[:16]}.tar.gz")
 
 
-def _source(repository: Repository, mirrors: Mapping[str, str]) -> str:
+def _source(index: PackageIndex) -> str:
+    """Return the apt source of a repository that was opened: apt-get update fails when one that is listed is not there.
+
+    The URL is the host's: a guest reaches the host's loopback elsewhere, and an image is no place for credentials.
+    """
+    repository = index.repository
     return (
-        f"Types: deb\nURIs: {resolve_mirror(repository, mirrors)}\nSuites: {repository.suite}\n"
+        f"Types: deb\nURIs: {seen_from_guest(without_credentials(index.url))}\nSuites: {repository.suite}\n"
         f"Components: {' '.join(repository.components)}\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     )
 

@@ -16,7 +16,7 @@ from debian.deb822 import Release
 from vmbuild import process
 from vmbuild.errors import GuestImageError
 from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, fetch_all, fetch_bytes
-from vmbuild.image.mirrors import host_mirrors, resolve_mirror
+from vmbuild.image.mirrors import host_mirrors, mirror_urls
 from vmbuild.image.packages import Package, PackageIndex, package_downloads, resolve_closure
 from vmbuild.model import MIB, Repository
 from vmbuild.report import Reporter
@@ -27,11 +27,11 @@ __all__ = [
     "Package",
     "PackageIndex",
     "host_mirrors",
+    "mirror_urls",
     "open_index",
     "open_indexes",
     "package_downloads",
     "resolve_closure",
-    "resolve_mirror",
 ]
 
 RETRY_PAUSES_S = (2.0, 10.0)
@@ -89,15 +89,27 @@ def open_index(
 ) -> PackageIndex:
     """Return the verified package index of one repository; only `InRelease` is downloaded when it has not changed.
 
+    What the host's own mirror does not have comes from the public one, with a warning.
     Raises BadSignature, ExpiredRelease, Unreachable, NotFound, WrongDigest (all GuestImageError).
     """
-    url = resolve_mirror(repository, mirrors)
+    *first, last = mirror_urls(repository, mirrors)
+    for url in first:
+        try:
+            return _open_at(url, repository, arch, keyrings, cache, report)
+        except (NotFound, Unreachable) as error:
+            report.warn(f"this host's mirror cannot be used for {repository.suite}, taking {last}: {error.brief}")
+    return _open_at(last, repository, arch, keyrings, cache, report)
+
+
+def _open_at(
+    url: str, repository: Repository, arch: str, keyrings: Sequence[Path], cache: Path, report: Reporter
+) -> PackageIndex:
     suite_url = f"{url}/dists/{repository.suite}"
     for pause in (*RETRY_PAUSES_S, None):
         release = _read_release(suite_url, repository.suite, keyrings)
         try:
             paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
-            return PackageIndex(_decompress(paths), url)
+            return PackageIndex(_decompress(paths), url, repository)
         except (WrongDigest, NotFound) as error:
             if pause is None:
                 raise _out_of_step(error, suite_url) from error

@@ -15,6 +15,7 @@ from debian.debian_support import Version
 
 from vmbuild.errors import GuestImageError
 from vmbuild.image.fetch import Download
+from vmbuild.model import Repository
 
 # deb-version(7) and Debian Policy 7.1; a lone < or > is an old spelling of <= and >=
 _COMPARE = {
@@ -85,10 +86,11 @@ def parse_relations(text: str) -> list[list[Relation]]:
 class PackageIndex:
     """One `Packages` file. Stanzas are found by regex and parsed only when asked for: there are 68,000 of them."""
 
-    def __init__(self, data: bytes | bytearray, url: str) -> None:
-        """Take the file's content and the repository's URL, which package file names are relative to."""
+    def __init__(self, data: bytes | bytearray, url: str, repository: Repository) -> None:
+        """Take the file's content, the URL it came from, which package file names are relative to, and whose it is."""
+        self.url = url
+        self.repository = repository
         self._data = data if data.startswith(b"\n") else b"\n" + data  # every stanza begins after a newline
-        self._url = url
 
     def find(self, name: str) -> Package | None:
         """Return the newest version of a package, None when there is no such package."""
@@ -139,7 +141,7 @@ class PackageIndex:
                 architecture=fields["Architecture"],
                 sha256=fields["SHA256"],
                 size=int(fields["Size"]),
-                url=f"{self._url}/{fields['Filename']}",
+                url=f"{self.url}/{fields['Filename']}",
                 filename=fields["Filename"],
                 depends=", ".join(fields[key] for key in ("Pre-Depends", "Depends") if key in fields),
                 provides=fields.get("Provides", ""),
@@ -148,7 +150,7 @@ class PackageIndex:
                 control=control,
             )
         except (KeyError, ValueError) as error:
-            raise GuestImageError(f"the package index of {self._url} has a stanza without {error}") from error
+            raise GuestImageError(f"the package index of {self.url} has a stanza without {error}") from error
 
 
 def newest(packages: Sequence[Package]) -> Package | None:

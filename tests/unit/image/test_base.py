@@ -17,10 +17,18 @@ from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import file, folder, pack_tar, put_package
 from vmbuild.errors import GuestImageError
 from vmbuild.image import base
-from vmbuild.image.base import BasePlan, digest_file, feed_layer, known_layers, layer_writer, write_base, write_plan
+from vmbuild.image.base import (
+    BasePlan,
+    digest_file,
+    feed_layer,
+    known_layers,
+    layer_writer,
+    write_base,
+    write_plan,
+)
 from vmbuild.image.catalog import BaseSpec
-from vmbuild.image.packages import Package, package_path
-from vmbuild.model import Arch
+from vmbuild.image.packages import Package, PackageIndex, package_path
+from vmbuild.model import Arch, Repository
 from vmbuild.report import SilentReporter
 
 INFO = "var/lib/dpkg/info"
@@ -286,12 +294,12 @@ def test_a_plans_tree_is_the_tree_of_its_packages(plan: BasePlan) -> None:
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, cache: Path, sha256: str, spec: BaseSpec = SPEC) -> BasePlan:
+def planned(monkeypatch: pytest.MonkeyPatch, cache: Path, sha256: str, opened: Sequence[PackageIndex] = ()) -> BasePlan:
     package = Package("tool", "1", "arm64", sha256, 1, "", "", "", "", False, "optional", "")
-    monkeypatch.setattr(base, "open_indexes", lambda *_: [])
+    monkeypatch.setattr(base, "open_indexes", lambda *_: list(opened))
     monkeypatch.setattr(base, "resolve_closure", lambda *_, **__: (package,))
     monkeypatch.setattr(base, "fetch_all", lambda *_, **__: None)
-    return base.plan(spec, Arch.ARM64, {}, cache, SilentReporter())
+    return base.plan(SPEC, Arch.ARM64, {}, cache, SilentReporter())
 
 
 def test_layer_is_named_by_what_goes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,3 +310,32 @@ def test_layer_is_named_by_what_goes_in(tmp_path: Path, monkeypatch: pytest.Monk
     assert one.layer.parent.is_dir()
     monkeypatch.setattr(base, "RECIPE", base.RECIPE + 1)
     assert planned(monkeypatch, tmp_path, "1" * 64).layer != one.layer
+
+
+def test_apt_sources_list_what_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trixie = Repository("trixie", "debian", "http://public.invalid/debian", ("main", "contrib"))
+    opened = [PackageIndex(b"", "http://mirror.invalid/debian", trixie)]
+    assert planned(monkeypatch, tmp_path, "1" * 64, opened).sources == (
+        "Types: deb\nURIs: http://mirror.invalid/debian\nSuites: trixie\nComponents: main contrib\n"
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    opened.append(PackageIndex(b"", "http://mirror.invalid/debian", Repository("trixie-updates", "debian", "")))
+    assert "\n\nTypes: deb\n" in planned(monkeypatch, tmp_path, "1" * 64, opened).sources
+
+
+@pytest.mark.parametrize(
+    ("url", "listed"),
+    [
+        ("http://localhost:3142/debian", "http://10.0.2.2:3142/debian"),
+        ("http://127.0.0.1/debian", "http://10.0.2.2/debian"),
+        ("https://user:s%40cret@mirror.invalid/debian", "https://mirror.invalid/debian"),
+        ("http://user:p@ss@[::1]:80/debian", "http://10.0.2.2:80/debian"),
+        ("http://token@localhost/debian", "http://10.0.2.2/debian"),
+        ("http://mirror.invalid/a@b/debian", "http://mirror.invalid/a@b/debian"),
+    ],
+)
+def test_apt_sources_are_right_in_a_guest_and_hold_no_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, listed: str
+) -> None:
+    opened = [PackageIndex(b"", url, Repository("trixie", "debian", ""))]
+    assert f"\nURIs: {listed}\n" in planned(monkeypatch, tmp_path, "1" * 64, opened).sources

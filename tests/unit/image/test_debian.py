@@ -18,10 +18,10 @@ import pytest
 
 from tests.unit.image.conftest import Listener, Site, send, status
 from vmbuild.errors import GuestImageError
-from vmbuild.image import debian
+from vmbuild.image import debian, mirrors
 from vmbuild.image.debian import BadSignature, ExpiredRelease, PackageIndex, open_index, open_indexes
 from vmbuild.image.fetch import NotFound, Unreachable, WrongDigest
-from vmbuild.image.mirrors import host_mirrors, resolve_mirror
+from vmbuild.image.mirrors import host_mirrors, mirror_urls
 from vmbuild.image.packages import Relation, package_downloads, parse_relations, resolve_closure
 from vmbuild.model import Repository
 from vmbuild.report import SilentReporter
@@ -41,7 +41,7 @@ def stanza(name: str, version: str = "1", **fields: str) -> str:
 
 
 def index(*stanzas: str) -> PackageIndex:
-    return PackageIndex("\n".join(stanzas).encode(), "http://mirror.invalid/debian")
+    return PackageIndex("\n".join(stanzas).encode(), "http://mirror.invalid/debian", TRIXIE)
 
 
 # --- signatures and digests -----------------------------------------------------------------------------------------
@@ -280,6 +280,41 @@ def test_a_damaged_index_in_the_cache_is_told_and_removed(suite: Suite) -> None:
     assert suite.open().find("hello")
 
 
+def test_what_the_hosts_mirror_lacks_comes_from_the_public_one(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite.publish()
+    public = f"{suite.site.url}/debian"
+    suite.repository = replace(TRIXIE, public_url=public)
+    for mirror in (f"{suite.site.url}/none", "http://127.0.0.1:1/debian"):
+        suite.listener.warnings.clear()
+        monkeypatch.setattr(mirrors, "host_mirrors", lambda _, mirror=mirror: {"debian": mirror})
+        files = [suite.keys.export("archive")]
+        found = open_index(suite.repository, "arm64", {"debian": "auto"}, files, suite.cache, suite.listener)
+        assert (found.url, found.repository) == (public, suite.repository)
+        assert len(suite.listener.warnings) == 1
+        assert mirror in suite.listener.warnings[0] and public in suite.listener.warnings[0]
+        with pytest.raises((NotFound, Unreachable)):  # what the user has set is never replaced
+            open_index(suite.repository, "arm64", {"debian": mirror}, files, suite.cache, suite.listener)
+
+
+def test_a_hosts_mirror_without_this_architecture_is_replaced(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite.publish()
+    suite.site.files["/part/dists/trixie/InRelease"] = suite.site.files[f"{suite.folder}/InRelease"]
+    suite.repository = replace(TRIXIE, public_url=f"{suite.site.url}/debian")
+    monkeypatch.setattr(mirrors, "host_mirrors", lambda _: {"debian": f"{suite.site.url}/part"})
+    files = [suite.keys.export("archive")]
+    found = open_index(suite.repository, "arm64", {}, files, suite.cache, suite.listener)
+    package = found.find("hello")
+    assert package is not None and package.url == f"{suite.site.url}/debian/pool/hello.deb"
+
+
+def test_a_hosts_mirror_that_is_not_to_be_trusted_is_refused(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite.publish("stranger")
+    suite.repository = replace(TRIXIE, public_url=f"{suite.site.url}/public")
+    monkeypatch.setattr(mirrors, "host_mirrors", lambda _: {"debian": f"{suite.site.url}/debian"})
+    with pytest.raises(BadSignature):
+        open_index(suite.repository, "arm64", {}, [suite.keys.export("archive")], suite.cache, suite.listener)
+
+
 def test_the_indexes_of_all_components_are_one(suite: Suite) -> None:
     suite.repository = replace(TRIXIE, components=("main", "main"))
     suite.publish()
@@ -412,15 +447,19 @@ def test_a_closure_is_closed_and_does_not_depend_on_the_order_of_the_index() -> 
 def host(root: Path, *, os_id: str = "debian", **files: str) -> Path:
     folder = root / "etc/apt/sources.list.d"
     folder.mkdir(parents=True)
-    (root / "etc/os-release").write_text(f'NAME="x"\nID={os_id}\n')
+    (root / "etc/os-release").write_text(f'NAME="x"\nVERSION_CODENAME=trixie\nID={os_id}\n')
     for name, text in files.items():
         path = folder.parent / "sources.list" if name == "sources" else folder / name.replace("_", ".")
+        path = folder.parent / "mirrors.txt" if name == "mirrors" else path
         path.write_text(text)
     return root
 
 
 SOURCES = "Types: deb\nSuites: trixie trixie-updates\nComponents: main\n# was: old\n"
 KEYRING = "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+KEY_BLOCK = "Signed-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mQINBF\n -----END PGP PUBLIC KEY BLOCK-----\n"
+MIRROR_LIST = "URIs: mirror+file:///etc/apt/mirrors.txt\n"
+LISTED = "# ours\n\nfile:/srv/debian\tpriority:1\nhttps://m/debian/\tpriority:2\nhttp://n/debian\n"
 
 
 @pytest.mark.parametrize(
@@ -440,10 +479,46 @@ KEYRING = "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
         ({"a_list": "deb https://other/apt trixie main"}, {}),
         ({"a_list": "deb file:/srv/debian trixie main\ndeb cdrom:[Debian]/debian trixie main"}, {}),
         (
-            {"b_list": "deb http://b/debian trixie main", "a_list": "deb [arch=amd64] http://a/debian stable main"},
+            {
+                "b_list": "deb http://b/debian trixie main",
+                "a_list": "deb [arch=amd64] http://a/debian stable main\ndeb http://a/debian/ stable-updates main",
+            },
             {"debian": "http://a/debian"},
         ),
         ({"a_list_disabled": "deb http://m/debian trixie main"}, {}),
+        ({"a_sources": f"{SOURCES}{MIRROR_LIST}", "mirrors": LISTED}, {"debian": "https://m/debian"}),
+        ({"a_sources": f"{SOURCES}{MIRROR_LIST}{KEYRING}", "mirrors": "http://m/x"}, {"debian": "http://m/x"}),
+        ({"a_sources": f"{SOURCES}{MIRROR_LIST}", "mirrors": "file:/srv/debian\n"}, {}),
+        ({"a_sources": f"{SOURCES}{MIRROR_LIST}"}, {}),
+        (
+            {"a_list": "deb mirror+file:/etc/apt/mirrors.txt trixie main", "mirrors": LISTED},
+            {"debian": "https://m/debian"},
+        ),
+        ({"a_list": "deb mirror+http://m/mirrors/debian trixie main"}, {}),
+        ({"a_sources": f"{SOURCES}URIs: http://m/debian\nSigned-By: /etc/own.asc\n"}, {"debian": "http://m/debian"}),
+        ({"a_sources": f"{SOURCES}URIs: http://m/debian\n{KEY_BLOCK}"}, {"debian": "http://m/debian"}),
+        ({"a_sources": f"{SOURCES}URIs: http://m/apt\n{KEY_BLOCK}"}, {}),
+        (
+            {"a_list": "deb [signed-by=/own.gpg] http://m/debian-security trixie-security main"},
+            {"debian-security": "http://m/debian-security"},
+        ),
+        ({"a_list": "deb [signed-by=/winehq.key] https://dl.winehq.org/wine-builds/debian trixie main"}, {}),
+        ({"a_list": "deb https://repos.influxdata.com/debian stable main"}, {}),
+        ({"a_list": "deb https://notdebian.org/debian stable main"}, {}),
+        ({"a_list": "deb https://ftp.us.debian.org/debian stable main"}, {"debian": "https://ftp.us.debian.org/debian"}),
+        ({"a_list": "deb http://m/debian sid main"}, {"debian": "http://m/debian"}),
+        ({"a_list": "deb http://m/debian bullseye main"}, {}),
+        (
+            {"a_list": "deb https://wine/debian trixie main", "z_sources": f"{SOURCES}URIs: http://m/debian\n"},
+            {"debian": "http://m/debian"},
+        ),
+        (
+            {
+                "a_list": "deb http://other/debian trixie main\ndeb http://other/debian trixie-updates main",
+                "z_sources": f"{SOURCES}URIs: http://m/debian\n{KEYRING}",
+            },
+            {"debian": "http://m/debian"},
+        ),
     ],
 )
 def test_the_hosts_mirror_is_found(tmp_path: Path, files: dict[str, str], expected: dict[str, str]) -> None:
@@ -457,6 +532,11 @@ def test_a_host_that_is_not_debian_has_no_mirror(tmp_path: Path) -> None:
 
 def test_a_setting_comes_before_the_host_and_the_host_before_the_public_default(tmp_path: Path) -> None:
     root = host(tmp_path, sources="deb http://m.invalid/debian trixie main")
-    assert resolve_mirror(TRIXIE, {"debian": "http://mine.invalid/debian/"}, root=root) == "http://mine.invalid/debian"
-    assert resolve_mirror(TRIXIE, {"debian": "auto"}, root=root) == "http://m.invalid/debian"
-    assert resolve_mirror(TRIXIE, {}, root=tmp_path / "nothing") == "http://public.invalid/debian"
+    public = "http://public.invalid/debian"
+    assert mirror_urls(TRIXIE, {"debian": "http://mine.invalid/debian/"}, root=root) == ["http://mine.invalid/debian"]
+    assert mirror_urls(TRIXIE, {"debian": public}, root=root) == [public]
+    assert mirror_urls(TRIXIE, {"debian": "auto"}, root=root) == ["http://m.invalid/debian", public]
+    assert mirror_urls(TRIXIE, {}, root=tmp_path / "nothing") == [public]
+    assert mirror_urls(replace(TRIXIE, public_url="http://m.invalid/debian/"), {}, root=root) == [
+        "http://m.invalid/debian"
+    ]
