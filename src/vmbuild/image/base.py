@@ -221,6 +221,12 @@ def _complete_stream() -> Iterator[zstandard.ZstdDecompressionObj]:
         raise GuestImageError("the base image came out of the guest incomplete")
 
 
+def is_kept(plan: BasePlan) -> bool:
+    """Tell whether the plan's layer lies in the cache as it was written: a restored cache may hold other bytes."""
+    note = digest_file(plan.layer)
+    return plan.layer.exists() and note.exists() and note.read_text() == hash_file(plan.layer)
+
+
 def digest_file(layer: Path) -> Path:
     """Return the file beside a layer that says its SHA-256."""
     return layer.with_name(layer.name + ".sha256")

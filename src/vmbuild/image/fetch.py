@@ -21,6 +21,7 @@ from vmbuild.image import http
 from vmbuild.image.http import NotFound, Unreachable
 from vmbuild.model import MIB, format_size
 from vmbuild.report import Meter, Reporter
+from vmbuild.whole import hash_file
 
 __all__ = ["Download", "NotFound", "Unreachable", "WrongDigest", "fetch_all", "fetch_bytes"]
 
@@ -128,11 +129,12 @@ class _Progress:
 
 
 def _is_there(download: Download) -> bool:
+    """Tell whether the file is there with the right content: a cache that was restored may hold other bytes."""
     try:
         found = download.path.stat().st_size
+        return download.size in (None, found) and download.sha256 in (None, hash_file(download.path))
     except FileNotFoundError:
         return False
-    return download.size in (None, found)
 
 
 def _fetch(crew: _Crew, download: Download) -> None:

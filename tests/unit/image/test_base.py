@@ -21,6 +21,7 @@ from vmbuild.image.base import (
     BasePlan,
     digest_file,
     feed_layer,
+    is_kept,
     known_layers,
     layer_writer,
     write_base,
@@ -274,6 +275,19 @@ def test_known_layers_refuses_a_changed_file(plan: BasePlan) -> None:
 
 def test_no_layers_where_there_is_no_cache(tmp_path: Path) -> None:
     assert known_layers(tmp_path / "none")("0" * 64) is None
+
+
+def test_a_layer_is_kept_while_it_is_as_it_was_written(plan: BasePlan) -> None:
+    assert not is_kept(plan)
+    take(plan, zstandard.compress(LAYER))
+    assert is_kept(plan)
+    packed = bytearray(plan.layer.read_bytes())
+    packed[len(packed) // 2] ^= 1
+    plan.layer.write_bytes(packed)
+    assert not is_kept(plan)
+    take(plan, zstandard.compress(LAYER))
+    digest_file(plan.layer).unlink()
+    assert not is_kept(plan)
 
 
 def test_feed_layer_writes_the_layer_in_pieces(plan: BasePlan, monkeypatch: pytest.MonkeyPatch) -> None:

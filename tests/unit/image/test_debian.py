@@ -270,13 +270,26 @@ def test_a_mirror_in_the_middle_of_an_update_is_read_again(suite: Suite) -> None
     assert "being updated" in suite.listener.steps[0]
 
 
-def test_a_damaged_index_in_the_cache_is_told_and_removed(suite: Suite) -> None:
+def test_a_damaged_index_in_the_cache_is_fetched_again(suite: Suite) -> None:
     suite.publish()
     suite.open()
     (cached,) = suite.cache.glob("*.xz")
     cached.write_bytes(b"x" * cached.stat().st_size)
-    with pytest.raises(GuestImageError, match="was damaged"):
+    assert suite.open().find("hello")
+    assert len(suite.site.asked(suite.index_path)) == 2
+
+
+def test_an_index_damaged_after_it_was_checked_is_told_and_removed(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite.publish()
+    suite.open()
+    (cached,) = suite.cache.glob("*.xz")
+    cached.write_bytes(b"x" * cached.stat().st_size)
+    with monkeypatch.context() as patch, pytest.raises(GuestImageError, match="was damaged"):
+        patch.setattr(debian, "fetch_all", lambda *_, **__: None)
         suite.open()
+    assert not cached.exists()
     assert suite.open().find("hello")
 
 

@@ -179,10 +179,11 @@ def test_a_wrong_digest_is_tried_twice_and_told(site: Site, tmp_path: Path) -> N
     assert not download.path.exists() and not part_of(download).exists()
 
 
-def test_a_file_of_the_wrong_size_in_place_is_replaced(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rotten", [b"rotten", b"r" * len(BODY)])
+def test_a_wrong_file_in_place_is_replaced(site: Site, tmp_path: Path, rotten: bytes) -> None:
     download = wanted(site, tmp_path)
     download.path.parent.mkdir()
-    download.path.write_bytes(b"rotten")
+    download.path.write_bytes(rotten)
     fetch(download)
     assert_whole(download)
 
