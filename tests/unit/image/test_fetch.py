@@ -27,6 +27,7 @@ from tests.unit.image.conftest import (
     without_ranges,
 )
 from vmbuild.errors import GuestImageError, HostError
+from vmbuild.image import fetch as fetch_module
 from vmbuild.image import http
 from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, fetch_all, fetch_bytes
 from vmbuild.report import SilentReporter
@@ -286,7 +287,10 @@ def test_two_processes_fetch_a_file_once(site: Site, tmp_path: Path) -> None:
     assert len(site.requests) == 1
 
 
-def test_an_interrupt_ends_at_once_and_the_next_run_resumes(site: Site, tmp_path: Path) -> None:
+def test_an_interrupt_ends_at_once_and_the_next_run_resumes(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "STOP_GRACE_S", 0.1)
     download = wanted(site, tmp_path)
     site.behaviours[PATH] = [hang_after(300_000)]
     part = part_of(download)
@@ -301,7 +305,7 @@ def test_an_interrupt_ends_at_once_and_the_next_run_resumes(site: Site, tmp_path
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         fetch(download)
-    assert time.monotonic() - interrupted[0] < 2
+    assert time.monotonic() - interrupted[0] < 10, "not the 30 s of a read's limit"
     kept = part.stat().st_size
     assert kept >= http.CHUNK_BYTES and not download.path.exists()
     site.released.set()  # in a real run the process, and with it the stuck worker and its lock, is gone by now
@@ -313,13 +317,14 @@ def test_an_interrupt_ends_at_once_and_the_next_run_resumes(site: Site, tmp_path
     assert site.served_bytes - before == len(BODY) - start
 
 
-def test_a_failure_stops_the_other_downloads(site: Site, tmp_path: Path) -> None:
+def test_a_failure_stops_the_other_downloads(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch_module, "STOP_GRACE_S", 0.1)
     slow = wanted(site, tmp_path)
     site.behaviours[PATH] = [hang_after(200_000)]
     started = time.monotonic()
     with pytest.raises(NotFound):
         fetch(slow, Download(f"{site.url}/none", tmp_path / "none", None, None))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10, "not the 30 s of a read's limit"
     assert not slow.path.exists()
 
 
