@@ -70,6 +70,8 @@ def open_url(session: Session, url: str, headers: Mapping[str, str]) -> Iterator
     try:
         response = session.get(url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
     except failures.SSLError as error:
+        if "CERTIFICATE_VERIFY_FAILED" not in str(error):  # a handshake broken off: the next one may succeed
+            raise Transient(f"no TLS connection came about\n{error}") from error
         raise unreachable(url, f"the server's certificate is not trusted\n{error}") from error
     except (failures.ConnectionError, failures.Timeout) as error:
         raise Transient(_plain(error), reached=isinstance(error, failures.ReadTimeout)) from error

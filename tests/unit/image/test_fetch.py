@@ -224,6 +224,35 @@ def test_a_dead_proxy_and_a_nonsense_url_are_told(monkeypatch: pytest.MonkeyPatc
     assert "proxy" in caught.value.details
 
 
+@pytest.mark.parametrize(
+    ("said", "asked", "words"),
+    [
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", 1, "certificate is not trusted"),
+        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", http.TRIES, "EOF occurred"),
+    ],
+)
+def test_only_a_certificate_that_is_not_trusted_is_final(
+    monkeypatch: pytest.MonkeyPatch, said: str, asked: int, words: str
+) -> None:
+    calls: list[str] = []
+
+    def get(_: object, url: str, **options: object) -> object:
+        calls.append(url)
+        raise requests.exceptions.SSLError(f"Max retries exceeded (Caused by SSLError({said}))")
+
+    monkeypatch.setattr(http.Session, "get", get)
+    with pytest.raises(Unreachable) as caught:
+        fetch_bytes("https://debian.invalid/file")
+    assert len(calls) == asked
+    assert words in caught.value.details
+
+
+def test_a_handshake_with_what_speaks_no_tls_is_tried_again(site: Site) -> None:
+    with pytest.raises(Unreachable) as caught:
+        fetch_bytes(site.url.replace("http:", "https:"))
+    assert "no TLS connection" in caught.value.details
+
+
 def test_a_proxy_of_the_environment_is_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", site.url)
     site.files["http://debian.invalid/file"] = b"through the proxy"
