@@ -16,12 +16,17 @@ from vmbuild.image.tree import File, Link, TreeWriter
 from vmbuild.model import ImageSpec
 from vmbuild.report import Reporter
 
-RECIPE = 1
+RECIPE = 2
 """Raise it when this module would make another guest image from the same packages and guest files."""
 
 T = TypeVar("T")
 
-SQFSTAR = ("sqfstar", "-comp", "lz4", "-b", "128K", "-root-mode", "0755", "-no-xattrs", "-quiet", "-no-progress")
+SQFSTAR = (
+    "sqfstar", "-comp", "lz4", "-b", "128K", "-root-mode", "0755", "-no-xattrs", "-quiet", "-no-progress",
+    "-mkfs-time", "0", "-all-time", "0",
+)  # fmt: skip
+"""The same packages give the same image: all times are fixed, as sqfstar 4.5 stamps the root folder with the present
+whatever `-root-time` says."""
 FOLDERS = (("tmp", 0o1777), ("root", 0o700), ("disk", 0o755), ("proc", 0o755), ("sys", 0o755))
 """What packages do not bring, or not with this mode."""
 
