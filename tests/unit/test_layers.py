@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -132,6 +136,15 @@ def test_no_wall_has_fallen(name: str) -> None:
 def test_the_packages_themselves_import_nothing() -> None:
     for path in SOURCE.rglob("__init__.py"):
         assert list(imports(ast.parse(path.read_text()), set())) == [], path
+
+
+def test_every_foreign_package_is_declared() -> None:
+    declared = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=]", line)[0] for line in declared}
+    trees = [ast.parse(path.read_text()) for path in modules().values()]
+    foreign = {imported.partition(".")[0] for tree in trees for imported in imports(tree, set())}
+    foreign -= sys.stdlib_module_names | {"vmbuild"}
+    assert [name for name in foreign if not names & set(packages_distributions()[name])] == []
 
 
 def test_a_module_that_nobody_entered_fails() -> None:
