@@ -1,4 +1,4 @@
-"""From a fresh clone to an ARM container image, as an ordinary user with an empty home and no sudo."""
+"""From a fresh clone to an ARM container image, as an ordinary user with an empty home; as root, one without sudo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,53 +20,93 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
-pytestmark = [
-    pytest.mark.machine,
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make a fresh user"),
-]
+pytestmark = pytest.mark.machine
+
+
+@dataclass(frozen=True)
+class User:
+    """An ordinary user with an empty home; `account` is None where it is the one who runs the tests."""
+
+    name: str
+    home: Path
+    account: pwd.struct_passwd | None = None
+
+    def start(self, argv: list[str], cwd: Path) -> subprocess.Popen[str]:
+        """Start a program as this user, all that it says in one pipe."""
+        kept = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PIP_")}
+        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        return subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env={**kept, "HOME": str(self.home), "USER": self.name, "PATH": path},
+            user=self.account and self.account.pw_uid,
+            group=self.account and self.account.pw_gid,
+            extra_groups=[] if self.account else None,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
 
 
 @pytest.fixture
-def fresh_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pwd.struct_passwd]:
+def fresh_user() -> Iterator[User]:
     """A user with an empty home, who is gone at the end."""
-    home = Path("/tmp") / f"vmbuild-fresh-{os.getpid()}"
+    home = Path(tempfile.mkdtemp(prefix="vmbuild-fresh-", dir="/tmp"))  # a short path: there are sockets in it
     name = f"fresh{os.getpid()}"
-    subprocess.run(["useradd", "--create-home", "--home-dir", str(home), name], check=True)
     try:
-        yield pwd.getpwnam(name)
+        if os.geteuid() != 0:
+            yield User(pwd.getpwuid(os.getuid()).pw_name, home)
+            return
+        subprocess.run(["useradd", "--no-create-home", "--home-dir", str(home), name], check=True)
+        try:
+            shutil.chown(home, name)
+            yield User(name, home, pwd.getpwnam(name))
+        finally:
+            subprocess.run(["userdel", name], check=True)
     finally:
-        subprocess.run(["userdel", name], check=True)
         shutil.rmtree(home, ignore_errors=True)
 
 
-def as_user(user: pwd.struct_passwd, argv: list[str], cwd: Path) -> subprocess.CompletedProcess[bytes]:
-    kept = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PIP_")}
-    env = {**kept, "HOME": user.pw_dir, "USER": user.pw_name, "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
-    return subprocess.run(
-        argv, cwd=cwd, env=env, user=user.pw_uid, group=user.pw_gid, extra_groups=[], capture_output=True, check=False
-    )
+def run_shown(user: User, argv: list[str], cwd: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run a program, showing each line as it comes: it takes minutes. Return its exit code and what it said."""
+    said = []
+    with user.start(argv, cwd) as program, capfd.disabled():
+        assert program.stdout is not None
+        try:
+            for line in program.stdout:
+                said.append(line)
+                sys.stderr.write(line)
+                sys.stderr.flush()
+        except BaseException:
+            program.terminate()
+            raise
+    return program.returncode, "".join(said)
 
 
-def test_quickstart_as_a_fresh_user(fresh_user: pwd.struct_passwd) -> None:
-    clone = Path(fresh_user.pw_dir) / "vmbuild"
+@pytest.mark.timeout(1500)
+def test_quickstart_as_a_fresh_user(fresh_user: User, capfd: pytest.CaptureFixture[str]) -> None:
+    clone = fresh_user.home / "vmbuild"
     # What git has, as it now lies in the work tree: the same as a clone once it is committed.
     names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT).decode().split("\0")
     for name in filter(None, names):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, clone / name)
-    subprocess.run(["chown", "-R", fresh_user.pw_name, str(clone)], check=True)
+    subprocess.run(["chown", "-R", fresh_user.name, str(clone)], check=True)
     vmbuild = str(clone / ".venv/bin/vmbuild")
     try:
-        done = as_user(fresh_user, ["./scripts/quickstart"], clone)
-        assert done.returncode == 0, done.stderr.decode()
+        code, said = run_shown(fresh_user, ["./scripts/quickstart"], clone, capfd)
+        assert code == 0, said
         check_hello(clone / "hello.tar")
 
-        again = as_user(fresh_user, ["./scripts/quickstart"], clone)
-        assert again.returncode == 0, again.stderr.decode()
-        assert b"CACHED" in again.stderr
+        code, said = run_shown(fresh_user, ["./scripts/quickstart"], clone, capfd)
+        assert code == 0, said
+        assert "CACHED" in said
     finally:
-        as_user(fresh_user, [vmbuild, "destroy", "--yes"], clone)
-    assert not list((Path(fresh_user.pw_dir) / ".local/state/vmbuild/machines").glob("default"))
+        if Path(vmbuild).exists():  # else what went wrong before it is the error to see
+            run_shown(fresh_user, [vmbuild, "destroy", "--yes"], clone, capfd)
+    assert not list((fresh_user.home / ".local/state/vmbuild/machines").glob("default"))
 
 
 def check_hello(archive: Path) -> None:
