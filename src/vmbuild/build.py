@@ -260,7 +260,7 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
         mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
         plan = base_image.plan(spec, PLATFORMS[platform], mirrors, home.cache, report)
         with docker.workspace(session) as work:
-            if not plan.layer.exists():
+            if not base_image.is_kept(plan):
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
                 docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report))
                 report.step("Configuring the packages in the guest")
