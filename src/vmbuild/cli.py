@@ -17,10 +17,11 @@ import click
 
 from vmbuild import settings as s
 from vmbuild.errors import EXIT_CODES, INTERRUPTED, GuestImageError, HostError, UsageError, VmbuildError
-from vmbuild.model import BuildRequest, MachineStatus, format_size
+from vmbuild.model import MIB, BuildRequest, MachineStatus, format_size, parse_size
 from vmbuild.settings import Settings, machine_options
 
 if TYPE_CHECKING:
+    from vmbuild.machine.snapshot import Snapshot
     from vmbuild.ui import TerminalReporter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,6 +37,10 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(200)) for name, each in self.commands.items()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Exit codes"):
@@ -78,10 +83,10 @@ def _describe(status: MachineStatus) -> str:
 @as_json
 def up(as_json: bool, **flags: Any) -> None:
     """Start the machine, or find it running; return when Docker answers."""
-    from vmbuild import build, ui
+    from vmbuild import operate, ui
 
     found = _settings(flags)
-    status = build.up(found.as_request(), found.home(), _reporter())
+    status = operate.up(found.as_request(), found.home(), _reporter())
     if as_json:
         ui.print_json(status)
     else:
@@ -201,28 +206,70 @@ def base(reference: str, platform: str, force: bool, as_json: bool, **flags: Any
 @as_json
 def status(positional: str | None, as_json: bool, **flags: Any) -> None:
     """Show what the machine is now."""
-    from vmbuild import build, ui
+    from vmbuild import operate, ui
 
     found = _settings(flags, positional)
-    now = build.status(found["name"], found.home())
+    now = ui.to_data(operate.status(found["name"], found.home()))
+    guest = ui.to_data(operate.usage(found["name"], found.home()))
     if as_json:
-        ui.print_json(now)
+        ui.print_json({**now, "guest": guest})
         return
-    sizes = {"disk_virtual_bytes", "disk_actual_bytes", "rss_bytes"}
-    rows = [
-        (key.replace("_", " "), format_size(value) if key in sizes and value is not None else value)
-        for key, value in ui.to_data(now).items()
-    ]
+    rows = [(key.replace("_", " "), _show(key, value)) for key, value in now.items()]
+    rows += [(f"guest: {key.replace('_', ' ')}", _show(key, value)) for key, value in (guest or {}).items()]
     ui.print_table(("what", "now"), rows)
+
+
+def _show(key: str, value: Any) -> object:
+    """Return a fact as people read it; the end of its name tells its unit."""
+    if value is None:
+        return None
+    if key.endswith("_bytes"):
+        return format_size(value)
+    if key.endswith("_mib"):
+        return format_size(value * MIB)
+    return f"{value:.0f} s" if key.endswith("_s") else value
+
+
+@app.command()
+@name_argument
+@name_option
+@click.option("--cpus", type=click.IntRange(min=1), metavar="N", help="CPUs that are on.")
+@click.option("--memory", metavar="SIZE", help="Memory that the guest may use.")
+@click.option("--disk", metavar="SIZE", help="Size of the disk; it can only grow.")
+def resize(positional: str | None, cpus: int | None, memory: str | None, disk: str | None, **flags: Any) -> None:
+    """Change a running machine, a build in it or not: up to what it was started with, the disk to any size."""
+    from vmbuild import operate
+
+    if cpus is None and memory is None and disk is None:
+        raise UsageError("nothing to change", resolution="Give --cpus, --memory or --disk.")
+    found = _settings(flags, positional)
+    operate.resize(
+        *(found["name"], found.home(), _reporter()),
+        cpus=cpus,
+        memory_mib=parse_size(memory, what="memory size") // MIB if memory else None,
+        disk_bytes=parse_size(disk, what="disk size") // MIB * MIB if disk else None,
+    )
+
+
+@app.command()
+@name_argument
+@name_option
+def trim(positional: str | None, **flags: Any) -> None:
+    """Give the host back what the machine's disk does not use any more; done after each build anyway."""
+    from vmbuild import operate, ui
+
+    found = _settings(flags, positional)
+    freed = operate.trim(found["name"], found.home())
+    ui.say(f"The disk of the machine {found['name']} takes {format_size(freed)} less.")
 
 
 @app.command("list")
 @as_json
 def list_command(as_json: bool) -> None:
     """List the machines."""
-    from vmbuild import build, ui
+    from vmbuild import operate, ui
 
-    machines = build.list_machines(_settings({}).home())
+    machines = operate.list_machines(_settings({}).home())
     if as_json:
         ui.print_json(machines)
         return
@@ -239,10 +286,10 @@ def list_command(as_json: bool) -> None:
 @name_option
 def ssh(command: Sequence[str], **flags: Any) -> None:
     """Run COMMAND in the guest, or a shell; ends with its exit code."""
-    from vmbuild import build
+    from vmbuild import operate
 
     found = _settings(flags)
-    sys.exit(build.run_in_guest(found["name"], command, found.home()))
+    sys.exit(operate.run_in_guest(found["name"], command, found.home()))
 
 
 @app.command()
@@ -250,11 +297,11 @@ def ssh(command: Sequence[str], **flags: Any) -> None:
 @name_option
 def console(positional: str | None, **flags: Any) -> None:
     """Connect to the serial console; Ctrl-] detaches."""
-    from vmbuild import build
+    from vmbuild import operate
 
     found = _settings(flags, positional)
     click.echo("Connected to the serial console; Ctrl-] detaches.", err=True)
-    build.console(found["name"], found.home())
+    operate.console(found["name"], found.home())
 
 
 @app.command()
@@ -266,10 +313,10 @@ def console(positional: str | None, **flags: Any) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on as the guest writes.")
 def logs(positional: str | None, lines: int, follow: bool, **flags: Any) -> None:
     """Show what the guest wrote to its console."""
-    from vmbuild import build
+    from vmbuild import operate
 
     found = _settings(flags, positional)
-    for line in build.logs(found["name"], found.home(), lines, follow):
+    for line in operate.logs(found["name"], found.home(), lines, follow):
         click.echo(line)
 
 
@@ -278,10 +325,10 @@ def logs(positional: str | None, lines: int, follow: bool, **flags: Any) -> None
 @name_option
 def down(positional: str | None, **flags: Any) -> None:
     """Stop the machine; its disk stays."""
-    from vmbuild import build, ui
+    from vmbuild import operate, ui
 
     found = _settings(flags, positional)
-    ran = build.down(found["name"], found.home(), _reporter())
+    ran = operate.down(found["name"], found.home(), _reporter())
     ui.say(f"The machine {found['name']} {'is down' if ran else 'was not running'}.")
 
 
@@ -291,27 +338,31 @@ def down(positional: str | None, **flags: Any) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def destroy(positional: str | None, yes: bool, **flags: Any) -> None:
     """Stop the machine and delete it, disk and keys included."""
-    from vmbuild import build, ui
+    from vmbuild import operate, ui
 
     found = _settings(flags, positional)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("destroy asks before it deletes, and nobody is there", resolution="Add --yes.")
         click.confirm(f"Delete the machine {found['name']} and all container images on it?", abort=True, err=True)
-    there = build.destroy(found["name"], found.home(), _reporter())
+    there = operate.destroy(found["name"], found.home(), _reporter())
     ui.say(f"The machine {found['name']} {'is gone' if there else 'does not exist'}.")
 
 
 @app.group(invoke_without_command=True)
+@click.option("--snapshots", is_flag=True, help="List the snapshots that machines start from instead.")
 @as_json
 @click.pass_context
-def images(ctx: click.Context, as_json: bool) -> None:
+def images(ctx: click.Context, snapshots: bool, as_json: bool) -> None:
     """List the guest images: the catalogue, and what is in the cache."""
     if ctx.invoked_subcommand is not None:
         return
-    from vmbuild import build, ui
+    from vmbuild import stock, ui
 
-    rows = build.list_images(_settings({}).home())
+    if snapshots:
+        _show_snapshots(stock.list_snapshots(_settings({}).home()), as_json)
+        return
+    rows = stock.list_images(_settings({}).home())
     if as_json:
         ui.print_json(rows)
         return
@@ -323,15 +374,41 @@ def images(ctx: click.Context, as_json: bool) -> None:
     ui.print_table(columns, cells)
 
 
+def _show_snapshots(found: list[Snapshot], as_json: bool) -> None:
+    from vmbuild import ui
+
+    if as_json:
+        ui.print_json(found)
+        return
+    rows = [(s.image, s.cpus, f"{s.memory_mib} MiB", format_size(s.size_bytes), s.qemu, s.key[:12]) for s in found]
+    ui.print_table(("image", "cpus", "memory", "size", "qemu", "key"), rows)
+
+
+@images.command("snapshot")
+@machine_options("cpus", "memory", "image", "timeout", "mirror", "security_mirror")
+@click.option("--in-background", is_flag=True, hidden=True)
+@as_json
+def images_snapshot(as_json: bool, in_background: bool, **flags: Any) -> None:
+    """Have the snapshot that machines of this shape start from; `up` has it made in the background."""
+    from vmbuild import stock, ui
+
+    found = _settings(flags)
+    made = stock.make_snapshot(found.as_request(), found.home(), _reporter(), in_background=in_background)
+    if as_json:
+        ui.print_json(made)
+    else:
+        ui.say(f"The snapshot is in the cache ({format_size(made.size_bytes)}).")
+
+
 @images.command("fetch")
 @machine_options("image", "mirror", "security_mirror")
 @as_json
 def images_fetch(as_json: bool, **flags: Any) -> None:
     """Have a guest image in the cache, starting no machine: for a CI cache, or before a journey."""
-    from vmbuild import build, ui
+    from vmbuild import start, ui
 
     found = _settings(flags)
-    image = build.fetch_image(found.as_request(), found.home(), _reporter())
+    image = start.fetch_image(found.as_request(), found.home(), _reporter())
     if as_json:
         ui.print_json(image)
     else:
@@ -342,15 +419,30 @@ def images_fetch(as_json: bool, **flags: Any) -> None:
 @as_json
 def images_verify(as_json: bool) -> None:
     """Hash every cached guest image again."""
-    from vmbuild import build, ui
+    from vmbuild import stock, ui
 
-    checks = build.verify_images(_settings({}).home())
+    checks = stock.verify_images(_settings({}).home())
     if as_json:
         ui.print_json(checks)
     else:
         ui.print_table(("name", "digest", "result"), [(c.name, c.digest[:12], c.problem or "whole") for c in checks])
     if any(check.problem for check in checks):
         raise GuestImageError("a guest image in the cache is damaged", resolution="Delete its folder in the cache.")
+
+
+@app.command()
+@click.option("--all", "everything", is_flag=True, help="Also what the next machine would start from.")
+@as_json
+def prune(everything: bool, as_json: bool) -> None:
+    """Delete outdated guest images, their snapshots and downloads from the cache; say how much that frees."""
+    from vmbuild import stock, ui
+
+    freed = stock.prune(_settings({}).home(), _reporter(), everything=everything)
+    if as_json:
+        ui.print_json(freed)
+        return
+    ui.print_table(("what", "name", "size"), [(f.what, f.name, format_size(f.size_bytes)) for f in freed])
+    ui.say(f"Freed {format_size(sum(f.size_bytes for f in freed))}.")
 
 
 @app.command()

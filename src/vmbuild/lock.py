@@ -34,3 +34,14 @@ def hold(path: Path, report: Reporter, work: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_free(path: Path) -> bool:
+    """Tell whether nobody holds a lock file at this moment."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except TimeoutError:
+        return False
+    lock.release()
+    return True

@@ -110,6 +110,15 @@ class GuestImage:
 
 
 @dataclass(frozen=True)
+class Freed:
+    """Something that was deleted from the cache: what it was (`guest image`, `snapshot`, `downloads`) and its size."""
+
+    what: str
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Home:
     """Where vmbuild keeps things: `cache` may be deleted at any time, `state` holds the machines."""
 
@@ -134,6 +143,7 @@ class MachineRequest:
     mirror: str = "auto"
     security_mirror: str = "auto"
     timeout_s: float = 300.0
+    snapshots: bool = True
     given: frozenset[str] = frozenset()
 
 
@@ -161,7 +171,11 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class MachineStatus:
-    """What a machine is at this moment, derived from its process and QMP. Times are POSIX seconds."""
+    """What a machine is at this moment, derived from its process and QMP. Times are POSIX seconds.
+
+    `cpus` and `memory_mib` are the most that it can have, `memory_now_mib` what the balloon leaves it; `restored`
+    tells whether it went on from a snapshot instead of booting.
+    """
 
     name: str
     state: str
@@ -169,12 +183,14 @@ class MachineStatus:
     ssh_port: int | None = None
     cpus: int | None = None
     memory_mib: int | None = None
+    memory_now_mib: int | None = None
     disk_virtual_bytes: int | None = None
     disk_actual_bytes: int | None = None
     image: str | None = None
     image_digest: str | None = None
     rss_bytes: int | None = None
     started_at: float | None = None
+    restored: bool | None = None
     folder: Path | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +24,9 @@ PACKAGES = {
     "qemu-system-aarch64": "qemu-system-arm",
     "sqfstar": "squashfs-tools",
 }
+
+
+LEAST_PRIORITY = 19
 
 
 class CommandError(HostError):
@@ -112,7 +116,9 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def starting(argv: Sequence[str], *, cwd: Path, log: Path) -> Iterator[Callable[[], int | None]]:
+def starting(
+    argv: Sequence[str], *, cwd: Path, log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], int | None]]:
     """Start a program that outlives this process and its terminal, its output in `log`.
 
     Yield a function that tells its exit code, None while it runs. When the block, in which it is seen to work, is left
@@ -123,7 +129,7 @@ def starting(argv: Sequence[str], *, cwd: Path, log: Path) -> Iterator[Callable[
     try:
         with log.open("wb") as output:
             program = subprocess.Popen(
-                argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         yield program.poll
     except BaseException:
@@ -162,6 +168,26 @@ def _proc_column(pid: int, column: str) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return str(pages * os.sysconf("SC_PAGE_SIZE") // 1024)
+
+
+def give_way(pid: int) -> None:
+    """Let a process, and its session, have what CPU time the others leave. Does nothing where the host cannot.
+
+    A session has a niceness of its own, that of its processes counts only among them (sched(7), "autogroup").
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, LEAST_PRIORITY)
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(LEAST_PRIORITY))
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory that programs could still get on this host, None where it does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def stop(pid: int, *, grace_s: float = 5.0) -> None:

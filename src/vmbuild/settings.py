@@ -85,6 +85,13 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
+def _parse_switch(text: str) -> bool:
+    words = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError
+    return words[text.lower()]
+
+
 def _parse_url(text: str) -> str:
     if text != "auto" and not text.startswith(("http://", "https://")):
         raise UsageError(f"{text!r} is not a mirror", resolution="Give an http or https URL, or auto.")
@@ -116,6 +123,10 @@ SETTINGS = (
     Setting("image", "IMAGE", "Guest image.", lambda: "debian-13-arm64", "debian-13-arm64", str),
     Setting("timeout", "TIME", "How long to wait until Docker answers.", lambda: "300s", "300s", _parse_seconds),
     Setting(
+        *("snapshots", "on/off", "Start machines from a snapshot, made once in the background.", lambda: "on", "on"),
+        _parse_switch,
+    ),
+    Setting(
         *("mirror", "URL", "Debian mirror to fetch packages from.", lambda: "auto"),
         *("auto: the one this host's apt uses, else the catalogue's", _parse_url, True),
     ),
@@ -127,7 +138,7 @@ SETTINGS = (
         *(
             "cache_dir",
             "FOLDER",
-            "Guest images and downloads; may be deleted.",
+            "Guest images, snapshots and downloads; may be deleted.",
             lambda: platformdirs.user_cache_dir("vmbuild"),
         ),
         *("the user's cache folder", _parse_folder, True),
@@ -160,6 +171,7 @@ class Settings:
             mirror=self["mirror"],
             security_mirror=self["security_mirror"],
             timeout_s=self["timeout"],
+            snapshots=self["snapshots"],
             given=frozenset(key for key, value in self.values.items() if value.origin != "default"),
         )
 
@@ -259,10 +271,14 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-COMMAND_LINE = ("name", "cpus", "memory", "disk", "image", "timeout", "mirror", "security_mirror")
+COMMAND_LINE = ("name", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror")
 """The settings that are options of `up`, `build` and `base`."""
 
 
 def show(value: Value, key: str) -> str:
-    """Return a value as people read it."""
+    """Return a value as people read it, and write it."""
+    if isinstance(value.value, bool):
+        return "on" if value.value else "off"
+    if key == "timeout":
+        return f"{value.value:g}s"
     return format_size(value.value) if key in ("memory", "disk") else str(value.value)

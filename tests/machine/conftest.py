@@ -49,6 +49,7 @@ class Cli:
             "VMBUILD_STATE_DIR": str(self.state),
             "VMBUILD_NAME": self.name,
             "VMBUILD_MEMORY": "2G",
+            "VMBUILD_SNAPSHOTS": "off",  # but for the tests of snapshots: they are made in the background
             "XDG_CONFIG_HOME": str(self.state / "no-config"),
         }
         return {**os.environ, **own}

@@ -38,7 +38,8 @@ class User:
         return subprocess.Popen(
             argv,
             cwd=cwd,
-            env={**kept, "HOME": str(self.home), "USER": self.name, "PATH": path},
+            # A snapshot is made in the background, by a process that would outlive the user.
+            env={**kept, "HOME": str(self.home), "USER": self.name, "PATH": path, "VMBUILD_SNAPSHOTS": "off"},
             user=self.account and self.account.pw_uid,
             group=self.account and self.account.pw_gid,
             extra_groups=[] if self.account else None,

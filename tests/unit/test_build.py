@@ -18,13 +18,14 @@ import zstandard
 
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.machine.conftest import PROGRAMS, make_qemu, make_spec
-from vmbuild import build
-from vmbuild.errors import BuildError, GuestError, UsageError
+from vmbuild import build, operate, start
+from vmbuild.deadline import Deadline
+from vmbuild.errors import BuildError, GuestError, MachineError, UsageError
 from vmbuild.guest import docker, ready
 from vmbuild.guest.archive import BLOBS
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import BuildRequest, Home, MachineRequest
+from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus
 from vmbuild.report import SilentReporter
 
 CONFIG = b"{}"
@@ -43,13 +44,15 @@ REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
 class Guest(FakeSession):
     """A guest in which every build succeeds, or ends with `code`."""
 
-    def __init__(self, code: int = 0) -> None:
+    def __init__(self, code: int = 0, log: bytes = b"") -> None:
         super().__init__(
             (("cat", "/w/metadata.json"), Reply(stdout=json.dumps({"containerimage.digest": IMAGE}).encode())),
             (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
             (("cat",), Reply(stdout=MANIFEST)),
             ((docker.BUILDX,), Reply(code)),
             (("rm",), Reply()),
+            (("cut",), Reply(stdout=b"50.0\n")),
+            (("dmesg",), Reply(stdout=log)),
         )
         self.code = code
 
@@ -92,8 +95,8 @@ def context(tmp_path: Path) -> Path:
 def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
     """Run a build in a guest and return the guest."""
 
-    def do(job: BuildRequest, *, stdin: bytes = b"", code: int = 0) -> Guest:
-        guest = Guest(code)
+    def do(job: BuildRequest, *, stdin: bytes = b"", code: int = 0, log: bytes = b"") -> Guest:
+        guest = Guest(code, log)
 
         @contextmanager
         def open_session(*_: object) -> Iterator[FakeSession]:
@@ -154,6 +157,55 @@ def test_a_failed_build_leaves_no_older_id(run: Callable[..., Guest], context: P
     assert not (tmp_path / "meta").exists()
 
 
+KILLED = b"Out of memory: Killed process 8 (cc1) total-vm:1kB, anon-rss:731136kB, file-rss:1kB\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "most", "words"),
+    [
+        (b"[   99.000000] " + KILLED, 1024, "`vmbuild down box`, then this command with --memory 2048M"),
+        (b"[   99.000000] " + KILLED, 4096, "`vmbuild resize box --memory 4096M`"),
+        (b"[   10.000000] " + KILLED, 1024, ""),
+    ],
+    ids=["in this build", "in a machine made smaller", "before it"],
+)
+def test_a_build_that_ran_out_of_memory_is_told_so(
+    run: Callable[..., Guest], context: Path, monkeypatch: pytest.MonkeyPatch, log: bytes, most: int, words: str
+) -> None:
+    monkeypatch.setattr(build, "existing", lambda *_: None)
+    monkeypatch.setattr(
+        lifetime, "status", lambda _: MachineStatus("box", "running", memory_mib=most, memory_now_mib=1024)
+    )
+    with pytest.raises(BuildError) as caught:
+        run(BuildRequest(str(context)), code=1, log=log)
+    if words:
+        assert "killed cc1, which held 714.0 MiB of the machine's 1.0 GiB" in caught.value.details
+        assert words in caught.value.resolution
+    else:
+        assert "memory" not in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"cpus": 3}, "1 to 2 CPUs"),
+        ({"memory_mib": 4096}, "256 MiB to 2.0 GiB"),
+        ({"memory_mib": 100}, "256 MiB to 2.0 GiB"),
+        ({"disk_bytes": 1 << 20}, "cannot shrink"),
+    ],
+    ids=str,
+)
+def test_what_a_running_machine_cannot_become_is_refused(
+    home: Home, machine: MachineFiles, wanted: dict[str, int], words: str
+) -> None:
+    asked = {"cpus": None, "memory_mib": None, "disk_bytes": None, **wanted}
+    with pytest.raises(UsageError, match=words):
+        operate.resize("box", home, SilentReporter(), **asked)
+    lifetime.stop(machine, Deadline.after(0))
+    with pytest.raises(MachineError, match="not running"):
+        operate.resize("box", home, SilentReporter(), **asked)
+
+
 class Warnings(SilentReporter):
     """Keeps what it is warned of."""
 
@@ -174,7 +226,7 @@ def machine(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineFile
     lifetime.start(make_spec(home.state), files, make_qemu())
     yield files
     if files.folder.exists():
-        build.destroy("box", home, SilentReporter())
+        operate.destroy("box", home, SilentReporter())
 
 
 def test_what_a_running_machine_cannot_become_is_said(
@@ -183,7 +235,7 @@ def test_what_a_running_machine_cannot_become_is_said(
     monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
     report = Warnings()
     asked = replace(REQUEST, disk_bytes=5 << 30, memory_mib=4096, given=frozenset({"disk", "memory", "cpus"}))
-    with build.open_session(asked, home, report):
+    with start.open_session(asked, home, report):
         pass
     assert ["disk 1.0 GiB; 5.0 GiB" in text or "memory 2.0 GiB; 4.0 GiB" in text for text in report.heard] == [True] * 2
 
@@ -195,7 +247,7 @@ def test_a_running_machine_survives_one_who_waits_in_vain(
         raise GuestError("not ready")
 
     monkeypatch.setattr(ready, "wait_ready", give_up)
-    with pytest.raises(GuestError), build.open_session(REQUEST, home, SilentReporter()):
+    with pytest.raises(GuestError), start.open_session(REQUEST, home, SilentReporter()):
         pass
     assert lifetime.status(machine).state == "running"
 
@@ -206,10 +258,10 @@ def test_destroyed_by_two_it_is_gone_once(home: Home, machine: MachineFiles, mon
     @contextmanager
     def lock(files: MachineFiles, report: SilentReporter) -> Iterator[None]:
         monkeypatch.setattr(lifetime, "lock", original)
-        answers.append(build.destroy("box", home, SilentReporter()))  # the other one was quicker
+        answers.append(operate.destroy("box", home, SilentReporter()))  # the other one was quicker
         with original(files, report):
             yield
 
     monkeypatch.setattr(lifetime, "lock", lock)
-    answers.append(build.destroy("box", home, SilentReporter()))
+    answers.append(operate.destroy("box", home, SilentReporter()))
     assert answers == [True, False]

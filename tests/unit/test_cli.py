@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vmbuild import build, cli
+from vmbuild import build, cli, operate
 from vmbuild.errors import (
     EXIT_CODES,
     BuildError,
@@ -23,6 +23,7 @@ from vmbuild.errors import (
     UsageError,
     VmbuildError,
 )
+from vmbuild.guest.resources import Usage
 from vmbuild.model import BuildRequest, BuildResult, MachineRequest, MachineStatus
 
 Record = list[tuple[Any, ...]]
@@ -63,7 +64,7 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
 def test_an_error_becomes_its_exit_code_and_three_parts(
     kind: type[VmbuildError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "up", fail_with(kind("it broke [red]", details="the facts", resolution="do this")))
+    monkeypatch.setattr(operate, "up", fail_with(kind("it broke [red]", details="the facts", resolution="do this")))
     assert cli.run(["up"]) == kind.exit_code
     out, err = capsys.readouterr()
     assert out == ""
@@ -73,7 +74,7 @@ def test_an_error_becomes_its_exit_code_and_three_parts(
 
 def test_long_details_are_cut_to_their_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     details = "\n".join(f"line-{n}-" for n in range(100))
-    monkeypatch.setattr(build, "up", fail_with(HostError("x", details=details)))
+    monkeypatch.setattr(operate, "up", fail_with(HostError("x", details=details)))
     cli.run(["up"])
     err = capsys.readouterr().err
     assert "line-99-" in err
@@ -81,13 +82,13 @@ def test_long_details_are_cut_to_their_end(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(build, "up", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr(operate, "up", fail_with(KeyboardInterrupt()))
     assert cli.run(["up"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(build, "up", fail_with(ZeroDivisionError("oops")))
+    monkeypatch.setattr(operate, "up", fail_with(ZeroDivisionError("oops")))
     assert cli.run(["up"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
@@ -150,7 +151,7 @@ def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str])
 
 
 def test_destroy_does_not_ask_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "destroy", fail_with(AssertionError("destroyed")))
+    monkeypatch.setattr(operate, "destroy", fail_with(AssertionError("destroyed")))
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: PTH123, SIM115
     assert cli.run(["destroy"]) == 2
 
@@ -168,11 +169,17 @@ def test_no_machines_is_an_empty_list(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_status_is_a_table_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = MachineStatus("m", "running", pid=7, ssh_port=1234, rss_bytes=2**30, folder=Path("/x"))
-    monkeypatch.setattr(build, "status", lambda *_: now)
+    monkeypatch.setattr(operate, "status", lambda *_: now)
+    monkeypatch.setattr(operate, "usage", lambda *_: Usage(2, 0.5, 2000, 300, 5 * 2**20, 61.5))
     assert cli.run(["status"]) == 0
-    assert "1.0 GiB" in capsys.readouterr().out
+    rows = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"rss bytes 1.0 GiB", "guest: memory used mib 300.0 MiB", "guest: uptime s 62 s"} <= rows
     assert cli.run(["status", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ssh_port"] == 1234
+    told = json.loads(capsys.readouterr().out)
+    assert (told["ssh_port"], told["guest"]["cpus_online"]) == (1234, 2)
+    monkeypatch.setattr(operate, "usage", lambda *_: None)
+    assert cli.run(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guest"] is None
 
 
 def test_ssh_passes_everything_behind_the_dashes_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +189,7 @@ def test_ssh_passes_everything_behind_the_dashes_and_the_exit_code(monkeypatch: 
         calls.append(args)
         return 42
 
-    monkeypatch.setattr(build, "run_in_guest", fake)
+    monkeypatch.setattr(operate, "run_in_guest", fake)
     assert cli.run(["ssh", "--name", "m", "--", "ls", "--name", "-h"]) == 42
     assert calls[0][:2] == ("m", ("ls", "--name", "-h"))
 
@@ -218,13 +225,13 @@ def test_a_folder_that_is_gone_is_told(home: Path, capsys: pytest.CaptureFixture
 def test_a_machine_whose_facts_are_lost_is_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "list_machines", lambda _: [MachineStatus("m", "broken")])
+    monkeypatch.setattr(operate, "list_machines", lambda _: [MachineStatus("m", "broken")])
     assert cli.run(["list"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["m", "broken", "-", "-", "-", "-"]
 
 
 def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "logs", fail_with(AssertionError("asked")))
+    monkeypatch.setattr(operate, "logs", fail_with(AssertionError("asked")))
     assert cli.run(["logs", "--lines", "-5"]) == 2
 
 
@@ -273,3 +280,12 @@ def test_a_terminal_that_goes_interrupts_unless_it_is_ignored(tmp_path: Path, be
     )
     done = subprocess.run(["sh", "-c", f'{before}exec "{sys.executable}" {tmp_path}/program.py'], check=False)
     assert done.returncode == code
+
+
+def test_help_tells_every_command_in_full_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, command in cli.app.commands.items():
+        assert f"{name} {command.get_short_help_str(200)}" in text
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code} {meaning}" in text

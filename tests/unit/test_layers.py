@@ -15,8 +15,21 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
-MACHINE = {"files", "probe", "argv", "qmp", "serial", "lifetime"}
-GUEST = {"session", "keys", "seed", "ssh", "terminal", "ready", "clock", "context", "docker", "archive"}
+MACHINE = {"files", "probe", "argv", "qmp", "serial", "control", "migration", "snapshot", "resources", "lifetime"}
+GUEST = {
+    "session",
+    "keys",
+    "seed",
+    "ssh",
+    "terminal",
+    "ready",
+    "clock",
+    "oom",
+    "resources",
+    "context",
+    "docker",
+    "archive",
+}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -44,6 +57,10 @@ ALLOWED: dict[str, set[str]] = {
     "machine.argv": GROUND | {"machine.files", "machine.probe"},
     "machine.qmp": GROUND,
     "machine.serial": GROUND | {"machine.qmp"},
+    "machine.control": GROUND | {"machine.files"},
+    "machine.migration": GROUND | {"machine.qmp"},
+    "machine.resources": GROUND | {"machine.files", "machine.qmp"},
+    "machine.snapshot": GROUND | {"machine.files", "machine.probe", "machine.argv"},
     "machine.lifetime": GROUND | {"process"} | {f"machine.{name}" for name in MACHINE},
     "guest.session": GROUND,
     "guest.keys": GROUND,
@@ -51,18 +68,31 @@ ALLOWED: dict[str, set[str]] = {
     "guest.ssh": GROUND | {"guest.session"},
     "guest.terminal": GROUND | {"guest.session"},
     "guest.clock": {"guest.session"},
+    "guest.oom": GROUND | {"guest.session"},
+    "guest.resources": GROUND | {"guest.session"},
     "guest.ready": GROUND | {"guest.session"},
     "guest.context": GROUND | {"guest.session"},
     "guest.docker": GROUND | {"guest.session"},
     "guest.archive": GROUND | {"guest.session"},
-    "build": GROUND
-    | {f"image.{name}" for name in ("base", "catalog", "store")}
+    "start": GROUND
+    | {"process", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
+    "build": GROUND
+    | {"start", "image.base", "image.catalog", "machine.lifetime"}
+    | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom", "resources")},
+    "operate": GROUND
+    | {"start"}
+    | {f"machine.{name}" for name in ("files", "lifetime", "serial", "resources")}
+    | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
+    "stock": GROUND
+    | {"start", "process", "image.catalog", "image.store"}
+    | {f"machine.{name}" for name in ("control", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
-    "cli": GROUND | {"settings", "ui", "build", "doctor"},
+    "cli": GROUND | {"settings", "ui", "build", "start", "operate", "stock", "doctor", "machine.snapshot"},
+    "__main__": {"cli"},
 }
 
 DOORS = {

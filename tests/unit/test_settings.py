@@ -9,7 +9,7 @@ import pytest
 
 from vmbuild.errors import UsageError
 from vmbuild.model import GIB
-from vmbuild.settings import BY_KEY, SETTINGS, Settings, resolve, settings_table
+from vmbuild.settings import BY_KEY, SETTINGS, Settings, resolve, settings_table, show
 
 
 def resolved(tmp_path: Path, **flags: str) -> Settings:
@@ -55,6 +55,7 @@ def test_the_defaults_fit_the_host(tmp_path: Path) -> None:
         *(("disk", text) for text in ("10M", "-1G")),
         *(("timeout", text) for text in ("0", "-5s", "soon", "inf", "nan")),
         *(("mirror", text) for text in ("ftp://x", "debian")),
+        *(("snapshots", text) for text in ("maybe", "2", "")),
     ],
 )
 def test_nonsense_is_refused_with_its_origin(tmp_path: Path, key: str, text: str) -> None:
@@ -65,6 +66,26 @@ def test_nonsense_is_refused_with_its_origin(tmp_path: Path, key: str, text: str
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
 def test_times_as_people_write_them(tmp_path: Path, text: str, seconds: float) -> None:
     assert resolved(tmp_path, timeout=text)["timeout"] == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("on", True), ("YES", True), ("1", True), ("Off", False), ("false", False), ("0", False)]
+)
+def test_a_switch_as_people_write_it(tmp_path: Path, text: str, value: bool) -> None:
+    assert resolved(tmp_path, snapshots=text).as_request().snapshots is value
+
+
+def test_a_switch_in_a_file_may_be_tomls_own(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_text("snapshots = false\n")
+    assert resolved(tmp_path)["snapshots"] is False
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [("snapshots", "no", "off"), ("timeout", "2m", "120s"), ("memory", "1500M", "1.5 GiB"), ("cpus", "2", "2")],
+)
+def test_a_value_is_shown_as_people_write_it(tmp_path: Path, key: str, text: str, shown: str) -> None:
+    assert show(resolved(tmp_path, **{key: text}).values[key], key) == shown
 
 
 def test_an_unknown_key_is_told_with_a_near_one(tmp_path: Path) -> None:

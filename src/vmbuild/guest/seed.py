@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import time
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from vmbuild.address import seen_from_guest
 from vmbuild.guest import keys
-from vmbuild.whole import open_whole
+from vmbuild.whole import write_whole
+
+UNIT_BYTES = 64 * 1024
+"""Drives have whole sectors, and a seed that grows by a letter need not become another drive."""
 
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
@@ -29,16 +33,20 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
     keys.ensure_key(host_key, "vmbuild guest")
     files = {
         "authorized_keys": client_key.with_name(client_key.name + ".pub").read_bytes(),
+        "entropy": os.urandom(64),
         "dropbear_ed25519_host_key": keys.dropbear_key(host_key),
         "environment": "".join(f"{name}={_quote(value)}\n" for name, value in environment.items()).encode(),
         "hostname": f"{hostname}\n".encode(),
         "time": f"{int(time.time())}\n".encode(),
     }
-    with open_whole(path, mode=0o600) as out, tarfile.open(fileobj=out, mode="w") as tar:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size, info.mode = len(data), 0o600
             tar.addfile(info, io.BytesIO(data))
+    content = packed.getvalue()
+    write_whole(path, content + bytes(-len(content) % UNIT_BYTES), mode=0o600)
 
 
 def _quote(value: str) -> str:

@@ -7,15 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, debian, fetch, packages
 from vmbuild.lock import hold
-from vmbuild.model import GuestImage, ImageSpec
+from vmbuild.model import Freed, GuestImage, ImageSpec
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
 
@@ -73,6 +73,33 @@ def _check(manifest_path: Path) -> Check:
         elif hash_file(path) != facts["sha256"]:
             problems.append(f"{part} was changed")
     return Check(manifest["name"], digest, ", ".join(problems))
+
+
+def prune(specs: Sequence[ImageSpec], cache: Path, report: Reporter, *, everything: bool) -> list[Freed]:
+    """Delete the guest images that no row of the catalogue leads to any more, and the packages they were made of.
+
+    With `everything`, all guest images and base images. A machine that runs keeps what it has open.
+    """
+    images = cache / "images"
+    with ExitStack() as locks:
+        for spec in specs:
+            locks.enter_context(hold(images / f"{spec.name}.lock", report, f"assembles {spec.name}"))
+        current = set() if everything else {_pointer(spec, cache) for spec in specs}
+        wanted = {pointer.read_text().strip() for pointer in current if pointer.exists()}
+        freed = [_free("guest image", folder) for folder in sorted(images.glob("*/")) if folder.name not in wanted]
+        for pointer in images.glob("*.*"):
+            if pointer.is_file() and pointer.suffix != ".lock" and pointer not in current:
+                pointer.unlink()
+    doomed = ("packages", "indexes", "bases") if everything else ("packages", "indexes")
+    return freed + [_free("downloads", cache / name) for name in doomed if (cache / name).exists()]
+
+
+def _free(what: str, folder: Path) -> Freed:
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}~pruned")  # what others begin now, they begin afresh
+    folder.replace(doomed)
+    size = sum(path.lstat().st_blocks * 512 for path in doomed.rglob("*"))
+    shutil.rmtree(doomed, ignore_errors=True)
+    return Freed(what, folder.name, size)
 
 
 def recipe_digest(spec: ImageSpec) -> str:

@@ -60,6 +60,9 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
         *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on"),
         *("-chardev", _socket("console", files.console.name) + f",logfile={files.console_log.name},logappend=on"),
         *("-serial", "chardev:console"),
+        *("-device", "virtio-serial-pci,id=ports"),
+        *("-chardev", "pipe,id=control,path=control"),
+        *("-device", "virtserialport,bus=ports.0,chardev=control,name=vmbuild.control"),
         *("-chardev", _socket("qmp", files.qmp.name)),
         *("-mon", "chardev=qmp,mode=control"),
     ]

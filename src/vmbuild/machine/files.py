@@ -78,6 +78,16 @@ class MachineFiles:
         return self.folder / "qemu.log"
 
     @property
+    def control_in(self) -> Path:
+        """The pipe that carries orders to the guest."""
+        return self.folder / "control.in"
+
+    @property
+    def control_out(self) -> Path:
+        """The pipe that carries the guest's answers."""
+        return self.folder / "control.out"
+
+    @property
     def client_key(self) -> Path:
         """The private key that the host logs in with."""
         return self.folder / "id_ed25519"
@@ -95,4 +105,4 @@ class MachineFiles:
     @property
     def runtime(self) -> tuple[Path, ...]:
         """What only a running QEMU has."""
-        return (self.pid, self.qmp, self.console)
+        return (self.pid, self.qmp, self.console, self.control_in, self.control_out)

@@ -16,7 +16,7 @@ from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, UsageError, VmbuildError
 from vmbuild.lock import hold
-from vmbuild.machine import serial
+from vmbuild.machine import control, migration, resources, serial
 from vmbuild.machine.argv import qemu_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
@@ -36,6 +36,10 @@ ANSWER_S = 10.0
 
 QUIT_S = 5.0
 """How long each rude way to end QEMU may take before a ruder one is tried."""
+
+
+STATES = {"running": "running", "inmigrate": "restoring"}
+"""What QEMU's run states (RunState in its qapi/run-state.json) are called here; all others are `paused`."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,19 @@ def disk_size(files: MachineFiles) -> int:
         return int.from_bytes(disk.read(32)[24:32], "big")
 
 
-def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu) -> None:
+@dataclass(frozen=True)
+class Restore:
+    """What a guest goes on from instead of booting: a file that `save` wrote, and the first order it then gets.
+
+    `check` raises when the file is not what was saved; it is asked before the guest runs.
+    """
+
+    state: Path
+    order: str
+    check: Callable[[], None]
+
+
+def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restore | None = None) -> None:
     """Start QEMU, detached from this process and its terminal; return when it answers on its monitor.
 
     Raises MachineError with QEMU's own words when it does not start.
@@ -111,13 +127,23 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu) -> None:
         time.time(),
     )
     write_whole(files.facts, json.dumps(asdict(facts)).encode())
-    argv = qemu_argv(spec, qemu, files, facts.uuid)
+    argv = qemu_argv(spec, qemu, files, facts.uuid) + (["-incoming", "defer"] if restore else [])
     try:
+        with _writing_in(files.folder):
+            control.make_pipes(files)
         with _writing_in(files.folder), process.starting(argv, cwd=files.folder, log=files.qemu_log) as exit_code:
             _wait_for_answer(spec, files, argv, exit_code)
+            if restore is not None:
+                _restore(files, restore, Deadline.after(START_S))
     except BaseException:
         _clear_runtime(files)
         raise
+
+
+def _restore(files: MachineFiles, restore: Restore, limit: Deadline) -> None:
+    control.send(files, restore.order)  # before it runs: nobody may be there any more to say it afterwards
+    with Qmp(files.qmp, limit) as qmp:
+        migration.load(qmp, restore.state, limit, restore.check)
 
 
 def _wait_for_answer(
@@ -128,7 +154,7 @@ def _wait_for_answer(
         code = exit_code()
         if code is not None or limit.passed:
             raise _explain(spec, argv, code, files.qemu_log.read_text(errors="replace"))
-        limit.sleep(0.05)
+        limit.sleep(0.02)
 
 
 def _answers(files: MachineFiles) -> bool:
@@ -188,35 +214,52 @@ def find_pid(files: MachineFiles, facts: Facts | None) -> int | None:
 
 
 def status(files: MachineFiles) -> MachineStatus:
-    """Return what the machine is now: `running`, `paused`, `stopped`, or `broken` (QEMU is there but silent)."""
+    """Return what the machine is now.
+
+    `running`, `paused`, `restoring`, `stopped`, or `broken` (QEMU is there but silent).
+    """
     facts = load_facts(files)
     pid = find_pid(files, facts)
-    state, port = _ask(files) if pid is not None else ("stopped", None)
+    answer = _ask(files) if pid is not None else Answer("stopped")
     disk = files.disk.stat() if files.disk.exists() else None
     return MachineStatus(
         name=files.name,
-        state=state,
+        state=answer.state,
         pid=pid,
-        ssh_port=port,
+        ssh_port=answer.ssh_port,
         cpus=facts.cpus if facts else None,
         memory_mib=facts.memory_mib if facts else None,
+        memory_now_mib=answer.memory_mib,
         disk_virtual_bytes=disk_size(files) if disk else None,
         disk_actual_bytes=disk.st_blocks * 512 if disk else None,
         image=facts.image if facts else None,
         image_digest=facts.image_digest if facts else None,
         rss_bytes=process.rss_bytes(pid) if pid is not None else None,
         started_at=facts.started_at if facts and pid is not None else None,
+        restored="-incoming" in process.command_line(pid) if pid is not None else None,
         folder=files.folder,
     )
 
 
-def _ask(files: MachineFiles) -> tuple[str, int | None]:
+@dataclass(frozen=True)
+class Answer:
+    """What a QEMU says of itself; nothing but `broken` when it does not answer."""
+
+    state: str
+    ssh_port: int | None = None
+    memory_mib: int | None = None
+
+
+def _ask(files: MachineFiles) -> Answer:
     try:
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-            running = qmp.execute("query-status")["running"]
-            return ("running" if running else "paused"), parse_ssh_port(qmp.hmp("info usernet"))
+            state = STATES.get(qmp.execute("query-status")["status"], "paused")
+            port = parse_ssh_port(qmp.hmp("info usernet"))
+            with suppress(MachineError):  # a guest without the balloon's driver
+                return Answer(state, port, resources.memory_now_mib(qmp))
+            return Answer(state, port)
     except MachineError:
-        return "broken", None
+        return Answer("broken")
 
 
 def parse_ssh_port(usernet: str) -> int | None:
@@ -235,6 +278,12 @@ def resume(files: MachineFiles) -> None:
         if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < ROOM_BYTES:
             raise _disk_full(files)
         qmp.execute("cont")
+
+
+def save(files: MachineFiles, path: Path, deadline: Deadline) -> None:
+    """Pause the machine and write its memory and devices to a file. Raises MachineError or HostError."""
+    with Qmp(files.qmp, deadline) as qmp:
+        migration.save(qmp, path, deadline)
 
 
 def check_running(files: MachineFiles) -> None:
@@ -268,7 +317,7 @@ def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[Deadline], N
     `ask` powers the guest off before the deadline and may fail: it is only the kindest way.
     """
     pid = find_pid(files, load_facts(files))
-    if pid is not None and ask is not None and _ask(files)[0] == "running":
+    if pid is not None and ask is not None and _ask(files).state == "running":
         with suppress(VmbuildError):
             ask(deadline)
             process.wait_gone(pid, deadline)

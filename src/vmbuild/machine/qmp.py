@@ -61,6 +61,14 @@ class Qmp:
         """Run a command of the human monitor and return its text."""
         return str(self.execute("human-monitor-command", **{"command-line": line}))
 
+    def send_file(self, name: str, handle: int) -> None:
+        """Hand QEMU an open file, by a name for use in later commands. Raises MachineError."""
+        try:
+            self._client.send_fd_scm(handle)
+        except (QMPError, OSError) as error:
+            raise MachineError("QEMU did not take a file", details=str(error)) from error
+        self.execute("getfd", fdname=name)
+
     def _wait(self, work: Any) -> Any:
         return self._loop.run_until_complete(asyncio.wait_for(work, self._deadline.remaining_s()))
 

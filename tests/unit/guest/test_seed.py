@@ -10,7 +10,7 @@ import pytest
 
 from vmbuild.errors import HostError
 from vmbuild.guest.keys import dropbear_key
-from vmbuild.guest.seed import proxies, write_seed
+from vmbuild.guest.seed import UNIT_BYTES, proxies, write_seed
 
 NASTY = {
     "plain": "http://proxy:3128/",
@@ -50,7 +50,9 @@ def members(path: Path) -> dict[str, bytes]:
 def test_it_tells_the_guest_all_it_needs_and_nothing_else(tmp_path: Path) -> None:
     before = int(time.time())
     found = members(write(tmp_path))
-    assert set(found) == {"authorized_keys", "dropbear_ed25519_host_key", "environment", "hostname", "time"}
+    assert set(found) == {"authorized_keys", "dropbear_ed25519_host_key", "entropy", "environment", "hostname", "time"}
+    assert len(found["entropy"]) == 64
+    assert found["entropy"] != members(write(tmp_path))["entropy"]
     assert found["authorized_keys"] == (tmp_path / "client.pub").read_bytes()
     assert found["dropbear_ed25519_host_key"] == dropbear_key(tmp_path / "host")
     assert found["hostname"] == b"vmbuild-default\n"
@@ -95,12 +97,12 @@ def test_every_value_of_several_is_set(tmp_path: Path) -> None:
 
 
 def test_it_is_written_anew_and_whole_each_time_with_the_same_keys(tmp_path: Path) -> None:
-    first = members(write(tmp_path, {"x": "y" * 50_000}, "one"))
+    first = members(write(tmp_path, {"x": "y" * 150_000}, "one"))
     path = write(tmp_path, {}, "two")
     second = members(path)
     assert second["hostname"] == b"two\n"
     assert second["environment"] == b""
-    assert path.stat().st_size < 50_000
+    assert path.stat().st_size == UNIT_BYTES
     for name in ("authorized_keys", "dropbear_ed25519_host_key"):
         assert first[name] == second[name]
     assert {found.name for found in tmp_path.iterdir()} == {"seed.tar", "client", "client.pub", "host", "host.pub"}

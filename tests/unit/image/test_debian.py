@@ -518,7 +518,10 @@ LISTED = "# ours\n\nfile:/srv/debian\tpriority:1\nhttps://m/debian/\tpriority:2\
         ({"a_list": "deb [signed-by=/winehq.key] https://dl.winehq.org/wine-builds/debian trixie main"}, {}),
         ({"a_list": "deb https://repos.influxdata.com/debian stable main"}, {}),
         ({"a_list": "deb https://notdebian.org/debian stable main"}, {}),
-        ({"a_list": "deb https://ftp.us.debian.org/debian stable main"}, {"debian": "https://ftp.us.debian.org/debian"}),
+        (
+            {"a_list": "deb https://ftp.us.debian.org/debian stable main"},
+            {"debian": "https://ftp.us.debian.org/debian"},
+        ),
         ({"a_list": "deb http://m/debian sid main"}, {"debian": "http://m/debian"}),
         ({"a_list": "deb http://m/debian bullseye main"}, {}),
         (

@@ -451,3 +451,43 @@ def test_changed_recipe_assembles_anew_and_keeps_the_old(spec: ImageSpec, cache:
     assert new.digest != old.digest
     assert folders(cache) == sorted([old.digest, new.digest])
     assert assembler.runs == 2
+
+
+# --- prune ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("assembler")
+def test_prune_deletes_what_no_row_leads_to(spec: ImageSpec, cache: Path) -> None:
+    old = make(replace(spec, kernel_args=("old",)), cache)
+    now = make(spec, cache)
+    assert old.digest != now.digest
+    (cache / "images" / ".test~killed").mkdir()
+    (cache / "packages").mkdir()
+    (cache / "packages" / "tool.deb").write_bytes(bytes(100_000))
+    (cache / "bases").mkdir()
+    freed = store.prune([spec], cache, SilentReporter(), everything=False)
+    assert {(each.what, each.name) for each in freed} == {
+        ("guest image", old.digest),
+        ("guest image", ".test~killed"),
+        ("downloads", "packages"),
+    }
+    assert next(each.size_bytes for each in freed if each.name == "packages") >= 100_000
+    assert folders(cache) == [now.digest]
+    assert find(spec, cache) == now
+    assert (cache / "bases").exists()
+    assert store.prune([spec], cache, SilentReporter(), everything=False) == []
+
+
+@pytest.mark.usefixtures("assembler")
+def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ImageSpec, cache: Path) -> None:
+    make(spec, cache)
+    (cache / "bases").mkdir()
+    store.prune([spec], cache, SilentReporter(), everything=True)
+    assert folders(cache) == []
+    assert find(spec, cache) is None
+    assert not (cache / "bases").exists()
+    assert make(spec, cache) == find(spec, cache)
+
+
+def test_prune_of_an_empty_cache_frees_nothing(spec: ImageSpec, cache: Path) -> None:
+    assert store.prune([spec], cache, SilentReporter(), everything=True) == []

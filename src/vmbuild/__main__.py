@@ -1,0 +1,5 @@
+"""`python -m vmbuild`."""
+
+from vmbuild.cli import main
+
+main()

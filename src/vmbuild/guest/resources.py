@@ -1,0 +1,80 @@
+"""What a guest uses of its machine, and how much of it that it may: CPUs, file system, space that it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmbuild.deadline import Deadline
+from vmbuild.guest.session import Session, capture
+from vmbuild.model import KIB, MIB
+
+ANSWER_S = 30.0
+
+SET_CPUS = """
+for cpu in /sys/devices/system/cpu/cpu[0-9]*; do
+    number=${cpu##*/cpu}
+    [ -e "$cpu/online" ] || continue # the first cannot be taken away
+    want=$((number < $1))
+    [ "$(cat "$cpu/online")" = "$want" ] || echo "$want" >"$cpu/online" || exit 1
+done
+"""
+
+# What /proc and df tell, a word each: the numbers of /proc/loadavg, the CPUs, the memory in KiB, the disk in KiB.
+READ_USAGE = """
+read -r load _ </proc/loadavg
+read -r uptime _ </proc/uptime
+awk '/^(MemTotal|MemAvailable):/ { print $1, $2 }' /proc/meminfo
+echo load: $load
+echo uptime: $uptime
+echo cpus: $(grep -c ^processor /proc/cpuinfo)
+df -k /disk | awk 'END { print "disk:", $3 }'
+"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a guest uses now: CPUs that are on, load average of a minute, memory, disk, seconds since its boot."""
+
+    cpus_online: int
+    load: float
+    memory_mib: int
+    memory_used_mib: int
+    disk_used_bytes: int
+    uptime_s: float
+
+
+def read_usage(session: Session) -> Usage:
+    """Return what the guest uses now. Raises GuestError."""
+    text = capture(session, ["sh", "-c", READ_USAGE], deadline=Deadline.after(ANSWER_S / 3))
+    found = {name: float(value) for name, _, value in (line.partition(": ") for line in text.splitlines()) if value}
+    total, available = (round(found[name]) * KIB // MIB for name in ("MemTotal", "MemAvailable"))
+    return Usage(
+        cpus_online=round(found["cpus"]),
+        load=found["load"],
+        memory_mib=total,
+        memory_used_mib=total - available,
+        disk_used_bytes=round(found["disk"]) * KIB,
+        uptime_s=found["uptime"],
+    )
+
+
+def set_cpus(session: Session, count: int) -> None:
+    """Turn the guest's first `count` CPUs on and the others off. Raises GuestError."""
+    capture(session, ["sh", "-c", SET_CPUS, "cpus", str(count)], deadline=Deadline.after(ANSWER_S))
+
+
+def grow_file_system(session: Session) -> None:
+    """Let the file system of the machine's disk fill a disk that has grown. Raises GuestError."""
+    script = "resize2fs $(grep ' /disk ' /proc/mounts | cut -d ' ' -f 1)"
+    capture(session, ["sh", "-c", script], deadline=Deadline.after(ANSWER_S * 10))
+
+
+def trim(session: Session) -> None:
+    """Give the host back what the file system does not use any more. Raises GuestError."""
+    capture(session, ["sh", "-c", "sync; fstrim /disk"], deadline=Deadline.after(ANSWER_S * 10))
+
+
+def trim_later(session: Session) -> None:
+    """Do so when the guest has nothing better to do, without waiting for it. Raises GuestError."""
+    script = "setsid nice -n 19 fstrim /disk </dev/null >/dev/null 2>&1 &"
+    capture(session, ["sh", "-c", script], deadline=Deadline.after(ANSWER_S))

@@ -1,0 +1,204 @@
+"""The cache of snapshots: the memory of a guest that has booted and belongs to nobody yet, one for each shape.
+
+A shape is everything that must match: QEMU's binary and argv, the guest image, CPUs and memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from vmbuild.errors import HostError
+from vmbuild.lock import is_free
+from vmbuild.machine.argv import qemu_argv
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import Qemu
+from vmbuild.model import MIB, Freed, MachineSpec
+from vmbuild.whole import write_whole
+
+TRY_AGAIN_S = 24 * 3600.0
+
+FORMAT = 1
+"""Raised when what a parked guest expects of the host changes."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot in the cache. Sizes in their units, `size_bytes` as it lies on disk, time in POSIX seconds."""
+
+    key: str
+    image: str
+    image_digest: str
+    cpus: int
+    memory_mib: int
+    qemu: str
+    digest: str
+    size_bytes: int
+    created_at: float
+    folder: Path
+
+    @property
+    def ram(self) -> Path:
+        """The saved memory and devices."""
+        return self.folder / "ram"
+
+
+def shape_key(spec: MachineSpec, qemu: Qemu) -> str:
+    """Return what names the shape of a machine, whatever its name, disk and place in the file system."""
+    facts = Path(qemu.binary).stat()
+    image = replace(spec.image, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
+    argv = qemu_argv(replace(spec, name="", image=image), qemu, MachineFiles(Path()), "")
+    shape = [FORMAT, facts.st_size, facts.st_mtime_ns, spec.image.digest, argv]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
+
+
+def find(cache: Path, key: str) -> Snapshot | None:
+    """Return the snapshot of a shape, None when there is none."""
+    return _load(cache / "snapshots" / key)
+
+
+def list_snapshots(cache: Path) -> list[Snapshot]:
+    """Return every snapshot in the cache, oldest first."""
+    found = [_load(path.parent) for path in (cache / "snapshots").glob("[!.]*/snapshot.json")]
+    return sorted((each for each in found if each is not None), key=lambda each: each.created_at)
+
+
+def _load(folder: Path) -> Snapshot | None:
+    try:
+        facts = json.loads((folder / "snapshot.json").read_text())
+        snapshot = Snapshot(**facts, folder=folder)
+        return snapshot if snapshot.ram.exists() else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remains(cache: Path, key: str) -> list[MachineFiles]:
+    """Return the machines, perhaps still running, of earlier attempts at a snapshot that were killed."""
+    return [MachineFiles(folder) for folder in (cache / "snapshots").glob(f".{key}~*")]
+
+
+def abandoned(cache: Path) -> list[MachineFiles]:
+    """Return such remains of every shape that nobody makes a snapshot of now."""
+    folder = cache / "snapshots"
+    keys = {path.name[1:].partition("~")[0] for path in folder.glob(".*~*")}
+    return [left for key in sorted(keys) if is_free(lock_file(cache, key)) for left in remains(cache, key)]
+
+
+def lock_file(cache: Path, key: str) -> Path:
+    """Return the lock that who makes a snapshot holds."""
+    return cache / "snapshots" / f".{key}.lock"
+
+
+@contextmanager
+def making(cache: Path, key: str) -> Iterator[MachineFiles]:
+    """Yield the files of a machine whose memory is to be saved; all of them are gone at the end."""
+    folder = cache / "snapshots"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for left in remains(cache, key):
+            shutil.rmtree(left.folder)
+        with tempfile.TemporaryDirectory(prefix=f".{key}~", dir=folder, ignore_cleanup_errors=True) as made:
+            yield MachineFiles(Path(made))
+    except OSError as error:
+        raise HostError(f"cannot write a snapshot in {folder}: {error.strerror or error}") from error
+
+
+def publish(cache: Path, key: str, spec: MachineSpec, qemu: Qemu, ram: Path) -> Snapshot:
+    """Give a saved memory its place in the cache, in one step."""
+    folder = ram.parent / "whole"
+    folder.mkdir(mode=0o700)
+    ram.replace(folder / "ram")
+    target = cache / "snapshots" / key
+    snapshot = Snapshot(
+        key=key,
+        image=spec.image.name,
+        image_digest=spec.image.digest,
+        cpus=spec.cpus,
+        memory_mib=spec.memory_mib,
+        qemu=qemu.binary,
+        digest=sparse_digest(folder / "ram"),
+        size_bytes=(folder / "ram").stat().st_blocks * 512,
+        created_at=time.time(),
+        folder=target,
+    )
+    facts = {name: value for name, value in asdict(snapshot).items() if name != "folder"}
+    write_whole(folder / "snapshot.json", json.dumps(facts).encode(), mode=0o600)
+    shutil.rmtree(target, ignore_errors=True)
+    folder.replace(target)
+    return snapshot
+
+
+def remove(snapshot: Snapshot) -> None:
+    """Delete a snapshot; a reader that has it open keeps it, and one that took its place since then stays."""
+    now = _load(snapshot.folder)
+    if now is None or now.digest == snapshot.digest:
+        shutil.rmtree(snapshot.folder, ignore_errors=True)
+    _note(snapshot.folder).unlink(missing_ok=True)
+
+
+def may_try(cache: Path, key: str) -> bool:
+    """Tell whether a snapshot should be made in the background, and remember that it was tried: once a day will do."""
+    note = _note(cache / "snapshots" / key)
+    with suppress(OSError):
+        if time.time() - note.stat().st_mtime < TRY_AGAIN_S:
+            return False
+    note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    note.touch()
+    return True
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tried")
+
+
+def prune(cache: Path, is_wanted: Callable[[Snapshot], bool]) -> list[Freed]:
+    """Delete the snapshots that are not wanted, and what looks like one and cannot be read."""
+    freed = []
+    for folder in sorted((cache / "snapshots").glob("[!.]*/")):
+        found = _load(folder)
+        if found is None or not is_wanted(found):
+            size = sum(path.lstat().st_blocks * 512 for path in folder.iterdir())
+            shutil.rmtree(folder, ignore_errors=True)
+            _note(folder).unlink(missing_ok=True)
+            name = f"{found.image}, {found.cpus} CPUs, {found.memory_mib} MiB" if found else folder.name
+            freed.append(Freed("snapshot", name, size))
+    return freed
+
+
+def is_whole(snapshot: Snapshot) -> bool:
+    """Tell whether a snapshot is what it was when it was made."""
+    try:
+        return sparse_digest(snapshot.ram) == snapshot.digest
+    except OSError:
+        return False
+
+
+def sparse_digest(path: Path) -> str:
+    """Return the SHA-256 of a sparse file's blocks that are not all zero, each with its place.
+
+    The same whether a copy has kept the holes or not, and as quick as there is little in the file.
+    """
+    digest = hashlib.sha256()
+    zeros = bytes(MIB)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // MIB * MIB
+            except OSError:  # ENXIO: nothing but a hole up to the end
+                break
+            data = os.pread(file.fileno(), MIB, at)
+            if data != zeros[: len(data)]:
+                digest.update(at.to_bytes(8, "little") + data)
+            at += MIB
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""The recipe of a start: a guest image, a machine that boots it or goes on from a snapshot, a guest that is ready."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import GuestError, HostError, MachineError, UsageError
+from vmbuild.guest import clock, ready, seed, ssh
+from vmbuild.guest.session import Session
+from vmbuild.image import catalog, store
+from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import Qemu, probe
+from vmbuild.model import GIB, MIB, Endpoint, GuestImage, Home, MachineRequest, MachineSpec, MachineStatus, format_size
+from vmbuild.report import Reporter
+
+WAKE_S = 20.0
+"""So long, or a third of the time limit if that is more, a restored guest has before it is given up and booted."""
+
+SPARE_BYTES = GIB
+"""What is left to the host when a snapshot is made in the background."""
+
+
+@contextmanager
+def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
+    """Yield a session in a guest that is ready, starting the machine when it does not run."""
+    files = MachineFiles.at(home.state, request.name)
+    with lifetime.lock(files, report):
+        # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
+        session = _first_session(request, files, home, report)
+    try:
+        session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
+        clock.set_clock(session, time.time())
+        yield session
+    finally:
+        if session is not None:
+            session.close()
+
+
+def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
+    """Start the machine and wait for its guest; None when it runs already."""
+    if _is_running(request, files, report):
+        return None
+    shape = shape_of(request.name, request, home, report)
+    lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given)
+    write_seed(files, f"vmbuild-{request.name}", seed.proxies(os.environ))
+    kept = snapshot.find(home.cache, shape.key) if shape.key else None
+    if kept is not None:
+        try:
+            with _seen_to_work(files):
+                return _restore(shape, kept, request, files, report)
+        except (MachineError, GuestError) as error:
+            report.warn(f"the snapshot cannot be used ({error.brief}): booting instead")
+    with _seen_to_work(files):
+        report.step(f"Starting the machine {request.name}")
+        lifetime.start(shape.spec, files, shape.qemu)
+        session = wait_ready(files, Deadline.after(request.timeout_s), report)
+    if kept is not None:  # the same machine boots: it was the snapshot's fault
+        snapshot.remove(kept)
+    if shape.key is not None:
+        _start_making(shape.key, request, home)
+    return session
+
+
+@contextmanager
+def _seen_to_work(files: MachineFiles) -> Iterator[None]:
+    """Stop a machine whose start nobody saw succeed: it would have to be found and ended."""
+    try:
+        yield
+    except BaseException:
+        lifetime.stop(files, Deadline.after(0))
+        raise
+
+
+def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Session:
+    """Return a session in a machine's guest when it is ready. Raises GuestError, or MachineError when QEMU is gone."""
+    return ready.wait_ready(
+        lambda limit: connect(files, limit), lambda: lifetime.check_running(files), deadline, report
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A machine as it is asked for, the QEMU for it, and the key of its snapshot; None where none will do."""
+
+    spec: MachineSpec
+    qemu: Qemu
+    key: str | None
+
+
+def shape_of(name: str, request: MachineRequest, home: Home, report: Reporter) -> Shape:
+    """Return what a machine is asked to be, its guest image at hand. Raises GuestImageError or HostError."""
+    image = fetch_image(request, home, report)
+    spec = MachineSpec(name, request.cpus, request.memory_mib, request.disk_bytes, image)
+    qemu = probe(image.arch, home.cache)
+    # With a real CPU under it a guest boots fast, and its memory is bound to that CPU.
+    wanted = request.snapshots and qemu.accel == "tcg"
+    return Shape(spec, qemu, snapshot.shape_key(spec, qemu) if wanted else None)
+
+
+def _is_running(request: MachineRequest, files: MachineFiles, report: Reporter) -> bool:
+    """Tell whether the machine runs, letting a paused one go on. Raises MachineError for one that does not answer."""
+    now = lifetime.status(files)
+    if now.state == "running":
+        _warn_of_differences(request, now, report)
+        return True
+    if now.state == "paused":
+        report.step(f"Resuming the machine {request.name}")
+        lifetime.resume(files)
+        return True
+    if now.state == "broken":
+        raise MachineError(
+            f"the machine {request.name} does not answer",
+            resolution=f"End it with `vmbuild down {request.name}`, then run the command again.",
+        )
+    if now.state == "restoring":  # we hold the lock: whoever began this is gone
+        lifetime.stop(files, Deadline.after(0))
+    return False
+
+
+def write_seed(files: MachineFiles, hostname: str, environment: Mapping[str, str]) -> None:
+    """Write what the guest is told before it first listens. Raises HostError."""
+    seed.write_seed(
+        files.seed, hostname=hostname, client_key=files.client_key, host_key=files.host_key, environment=environment
+    )
+
+
+def _restore(
+    shape: Shape, kept: snapshot.Snapshot, request: MachineRequest, files: MachineFiles, report: Reporter
+) -> Session:
+    """Start a machine from its snapshot and wait for its guest. Raises MachineError or GuestError."""
+    report.step(f"Restoring the machine {files.name}")
+    with ThreadPoolExecutor(1) as beside:
+        is_whole = beside.submit(snapshot.is_whole, kept)
+
+        def check() -> None:
+            if not is_whole.result():
+                raise MachineError("it was changed since it was made")
+
+        order = f"wake {round(time.time())}"
+        lifetime.start(shape.spec, files, shape.qemu, restore=lifetime.Restore(kept.ram, order, check))
+    limit = Deadline.after(max(WAKE_S, request.timeout_s / 3))
+    control.wait_for(files, "awake", limit)
+    return wait_ready(files, limit, report)
+
+
+def _start_making(key: str, request: MachineRequest, home: Home) -> None:
+    """Have the snapshot made that the next start of such a machine wants, in the background and out of the way."""
+    if not _has_room(request, home) or os.environ.get("CI"):  # a CI job has no next start, and no CPU time to spare
+        return
+    settings = {
+        "CPUS": str(request.cpus),
+        "MEMORY": f"{request.memory_mib}M",
+        "IMAGE": request.image,
+        "TIMEOUT": f"{request.timeout_s:.0f}s",
+        "MIRROR": request.mirror,
+        "SECURITY_MIRROR": request.security_mirror,
+        "CACHE_DIR": str(home.cache),
+    }
+    env = {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
+    argv = [sys.executable, "-m", "vmbuild", "images", "snapshot", "--in-background"]
+    with suppress(HostError, OSError):  # the machine is up: what else could not be done can wait for another start
+        if snapshot.may_try(home.cache, key):
+            with process.starting(argv, cwd=home.cache, log=home.cache / "snapshot.log", env=env):
+                pass
+
+
+def _has_room(request: MachineRequest, home: Home) -> bool:
+    """Tell whether the host has memory and disk for another such machine: the user's own must not run out of either."""
+    needed = request.memory_mib * MIB + SPARE_BYTES
+    memory = process.available_memory_bytes()
+    return (memory is None or memory > needed) and shutil.disk_usage(home.cache).free > needed
+
+
+def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+    """Return the guest image from the cache, assembling it first where it is not there."""
+    mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
+    return store.ensure(catalog.load_image(request.image), mirrors, home.cache, report)
+
+
+def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:
+    asked = {
+        "cpus": str(request.cpus),
+        "memory": format_size(request.memory_mib * MIB),
+        "disk": format_size(request.disk_bytes),
+        "image": request.image,
+    }
+    has = {
+        "cpus": str(now.cpus),
+        "memory": format_size((now.memory_mib or 0) * MIB),
+        "disk": format_size(now.disk_virtual_bytes or 0),
+        "image": now.image,
+    }
+    for key in sorted(request.given & asked.keys()):
+        if asked[key] != has[key]:
+            report.warn(
+                f"the machine {request.name} runs with {key} {has[key]}; "
+                f"{asked[key]} takes effect after `vmbuild down {request.name}`"
+            )
+
+
+def connect(files: MachineFiles, limit: Deadline) -> Session:
+    """Return a session in a machine's guest. Raises GuestError or MachineError."""
+    return ssh.SshSession.connect(_endpoint(files), limit, lambda: lifetime.check_running(files))
+
+
+def _endpoint(files: MachineFiles) -> Endpoint:
+    now = lifetime.status(files)
+    if now.ssh_port is None:
+        raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
+    return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
+
+
+@contextmanager
+def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
+    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+    files = MachineFiles.at(home.state, name)
+    if lifetime.status(files).state != "running":
+        raise MachineError(
+            f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
+        )
+    session = connect(files, Deadline.after(limit_s))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def existing(name: str, home: Home) -> MachineFiles:
+    """Return the files of a machine that there is. Raises UsageError when there is none by this name."""
+    files = MachineFiles.at(home.state, name)
+    if not files.folder.exists():
+        raise UsageError(
+            f"there is no machine named {name}",
+            resolution=f"Make it with `vmbuild up --name {name}`, or see `vmbuild list`.",
+        )
+    return files

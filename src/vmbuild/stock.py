@@ -1,0 +1,129 @@
+"""What is in the cache, put there and taken away: guest images, their snapshots, and downloads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmbuild import process
+from vmbuild.deadline import Deadline
+from vmbuild.errors import GuestImageError, HostError, UsageError
+from vmbuild.image import catalog, store
+from vmbuild.lock import hold
+from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import probe
+from vmbuild.model import Freed, GuestImage, Home, ImageSpec, MachineRequest, MachineSpec
+from vmbuild.report import Reporter
+from vmbuild.start import Shape, shape_of, wait_ready, write_seed
+
+PARK_S = 120.0
+SAVE_S = 300.0
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A guest image of the catalogue; digest and size only where it is assembled already."""
+
+    name: str
+    kind: str
+    arch: str
+    description: str
+    digest: str | None
+    size_bytes: int | None
+    origin: Path
+
+
+def list_snapshots(home: Home) -> list[snapshot.Snapshot]:
+    """Return every snapshot in the cache."""
+    return snapshot.list_snapshots(home.cache)
+
+
+def make_snapshot(
+    request: MachineRequest, home: Home, report: Reporter, *, in_background: bool = False
+) -> snapshot.Snapshot:
+    """Boot a guest that belongs to nobody and save its memory, for machines of this shape to start from.
+
+    `in_background` leaves the host's CPUs to others. Raises UsageError where the host runs guests on its own CPU.
+    """
+    if in_background:
+        process.give_way(os.getpid())
+    shape = shape_of("snapshot", replace(request, snapshots=True), home, report)
+    if shape.key is None:
+        raise UsageError("snapshots serve machines that QEMU emulates; this host runs them on its own CPU")
+    with hold(snapshot.lock_file(home.cache, shape.key), report, "makes this snapshot"):
+        return snapshot.find(home.cache, shape.key) or _boot_and_save(shape, shape.key, request, home, report)
+
+
+def _boot_and_save(shape: Shape, key: str, request: MachineRequest, home: Home, report: Reporter) -> snapshot.Snapshot:
+    for left in snapshot.remains(home.cache, key):  # we hold the lock: nobody waits for these
+        lifetime.stop(left, Deadline.after(0))
+    with snapshot.making(home.cache, key) as files:
+        lifetime.prepare(shape.spec, files, explicit_disk=False)
+        write_seed(files, "vmbuild", {})
+        report.step("Booting the guest")
+        lifetime.start(shape.spec, files, shape.qemu)
+        try:
+            _give_way_too(files)
+            wait_ready(files, Deadline.after(request.timeout_s), report).close()
+            control.send(files, "park")
+            control.wait_for(files, "parked", Deadline.after(PARK_S))
+            report.step("Saving its memory")
+            lifetime.save(files, files.folder / "ram", Deadline.after(SAVE_S))
+        finally:
+            lifetime.stop(files, Deadline.after(0))
+        return snapshot.publish(home.cache, key, shape.spec, shape.qemu, files.folder / "ram")
+
+
+def _give_way_too(files: MachineFiles) -> None:
+    """Give QEMU, which has a session of its own, the priority of this process."""
+    pid = lifetime.status(files).pid
+    if pid is not None and os.nice(0) > 0:
+        process.give_way(pid)
+
+
+def list_images(home: Home) -> list[ImageRow]:
+    """Return every guest image of the catalogue, and what of it is in the cache."""
+    rows = []
+    for spec in catalog.list_images():
+        found = store.find(spec, home.cache)
+        digest, size = (found.digest, found.size_bytes) if found else (None, None)
+        origin = spec.folder / f"{spec.name}.toml"
+        rows.append(ImageRow(spec.name, spec.kind, str(spec.arch), spec.description, digest, size, origin))
+    return rows
+
+
+def verify_images(home: Home) -> list[store.Check]:
+    """Hash every cached guest image again."""
+    return store.verify(home.cache)
+
+
+def prune(home: Home, report: Reporter, *, everything: bool) -> list[Freed]:
+    """Delete from the cache what no machine would start from any more; with `everything`, all of it."""
+    specs = catalog.list_images()
+    freed = store.prune(specs, home.cache, report, everything=everything)
+    for left in snapshot.abandoned(home.cache):
+        lifetime.stop(left, Deadline.after(0))
+        shutil.rmtree(left.folder, ignore_errors=True)
+    images = list(filter(None, (_find_whole(spec, home) for spec in specs)))
+    return freed + snapshot.prune(home.cache, lambda kept: _is_current(kept, images, home))
+
+
+def _find_whole(spec: ImageSpec, home: Home) -> GuestImage | None:
+    try:
+        return store.find(spec, home.cache)
+    except GuestImageError:  # damaged: nothing starts from it
+        return None
+
+
+def _is_current(kept: snapshot.Snapshot, images: list[GuestImage], home: Home) -> bool:
+    """Tell whether a machine of a snapshot's shape would start from it, with today's QEMU and guest image."""
+    for image in images:
+        if image.digest == kept.image_digest:
+            spec = MachineSpec("", kept.cpus, kept.memory_mib, 0, image)
+            with suppress(HostError):
+                return snapshot.shape_key(spec, probe(image.arch, home.cache)) == kept.key
+    return False

@@ -1,0 +1,244 @@
+"""How a machine comes up: booted, or restored from a snapshot, and what becomes of one that does not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.unit.guest.fakes import FakeSession, Reply
+from tests.unit.machine.conftest import PROGRAMS, make_qemu, make_spec
+from vmbuild import operate, process, start
+from vmbuild.errors import GuestError, HostError
+from vmbuild.guest import ready
+from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.snapshot import Snapshot
+from vmbuild.model import Home, MachineRequest
+from vmbuild.report import SilentReporter
+
+REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
+
+
+class Listener(SilentReporter):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def step(self, text: str) -> None:
+        self.heard.append(text)
+
+    def warn(self, text: str) -> None:
+        self.heard.append(f"warning: {text}")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A home with the fake QEMU, a guest image, and a guest that is ready at once; its machine is gone at the end."""
+    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
+    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
+    home = Home(tmp_path / "cache", tmp_path / "state")
+    home.cache.mkdir()
+    yield home
+    operate.destroy("box", home, SilentReporter())
+
+
+@pytest.fixture
+def makers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What was started in the background, environment and all, none of it in truth."""
+    started: list[dict[str, Any]] = []
+    monkeypatch.delenv("CI", raising=False)
+    real = process.starting
+
+    @contextmanager
+    def starting(argv: list[str], **options: Any) -> Iterator[Any]:
+        if "snapshot" in argv:
+            started.append({"argv": argv, **options["env"]})
+            yield lambda: None
+        else:
+            with real(argv, **options) as exit_code:
+                yield exit_code
+
+    monkeypatch.setattr(process, "starting", starting)
+    return started
+
+
+@pytest.fixture
+def kept(home: Home, tmp_path: Path) -> Snapshot:
+    """A snapshot of the machine's shape."""
+    spec, qemu = make_spec(tmp_path), make_qemu()
+    key = snapshot.shape_key(spec, qemu)
+    with snapshot.making(home.cache, key) as files:
+        (files.folder / "ram").write_text("the state")
+        return snapshot.publish(home.cache, key, spec, qemu, files.folder / "ram")
+
+
+def up(home: Home, request: MachineRequest = REQUEST) -> list[str]:
+    """Bring the machine up; return what was said."""
+    report = Listener()
+    with start.open_session(request, home, report):
+        pass
+    assert operate.status("box", home).state == "running"
+    return report.heard
+
+
+def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[dict[str, Any]]) -> None:
+    assert up(home) == ["Starting the machine box"]
+    assert operate.status("box", home).restored is False
+    (maker,) = makers
+    assert maker["argv"][-3:] == ["images", "snapshot", "--in-background"]
+    assert (maker["VMBUILD_CPUS"], maker["VMBUILD_MEMORY"], maker["VMBUILD_TIMEOUT"]) == ("2", "2048M", "300s")
+    assert up(home) == []  # it runs
+    assert len(makers) == 1
+
+
+def test_a_snapshot_that_cannot_be_made_costs_nobody_a_machine(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.sys, "executable", "/none")  # type: ignore[attr-defined]
+    (home.cache / "snapshot.log").mkdir()
+    assert up(home) == ["Starting the machine box"]
+
+
+@pytest.mark.parametrize("reason", ["CI", "memory", "disk", "tried"])
+def test_none_is_made_where_it_would_be_in_the_way(
+    home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str
+) -> None:
+    if reason == "CI":
+        monkeypatch.setenv("CI", "true")
+    if reason == "memory":
+        monkeypatch.setattr(process, "available_memory_bytes", lambda: 3 << 30)
+    if reason == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 30))
+    if reason == "tried":
+        snapshot.may_try(home.cache, snapshot.shape_key(make_spec(tmp_path), make_qemu()))
+    request = MachineRequest(**{**vars(REQUEST), "memory_mib": 2048 if reason == "tried" else 2500})
+    assert up(home, request) == ["Starting the machine box"]
+    assert makers == []
+
+
+def test_a_later_start_restores(home: Home, makers: list[dict[str, Any]], kept: Snapshot) -> None:
+    assert up(home) == ["Restoring the machine box"]
+    files = MachineFiles.at(home.state, "box")
+    assert (files.folder / "orders").read_text().startswith("wake 1")
+    assert operate.status("box", home).restored is True
+    assert makers == []
+    assert snapshot.list_snapshots(home.cache) == [kept]
+
+
+def test_who_wants_no_snapshots_gets_none(home: Home, makers: list[dict[str, Any]], kept: Snapshot) -> None:
+    request = MachineRequest(**{**vars(REQUEST), "snapshots": False})
+    assert up(home, request) == ["Starting the machine box"]
+    assert makers == []
+
+
+def answer(what: Any) -> Any:
+    """Return an answer, or raise it."""
+    if isinstance(what, Exception):
+        raise what
+    return what
+
+
+def find_and_lose(find: Callable[[Path, str], Snapshot | None]) -> Callable[[Path, str], Snapshot | None]:
+    """Return a search whose find is deleted by somebody else at once."""
+
+    def search(cache: Path, key: str) -> Snapshot | None:
+        found = find(cache, key)
+        if found is not None:
+            found.ram.unlink()
+        return found
+
+    return search
+
+
+@pytest.mark.parametrize("fault", ["changed", "unfit", "gone", "asleep", "unready"])
+def test_a_snapshot_that_does_not_do_is_told_and_deleted_and_the_machine_boots(
+    home: Home, makers: list[dict[str, Any]], kept: Snapshot, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    if fault == "changed":
+        monkeypatch.setattr(snapshot, "is_whole", lambda _: False)
+    if fault == "unready":
+        answers: list[Any] = [GuestError("not ready"), FakeSession((("sh",), Reply()))]
+        monkeypatch.setattr(ready, "wait_ready", lambda *_: answer(answers.pop(0)))
+    if fault == "unfit":
+        kept.ram.write_text("something else")
+    if fault == "gone":
+        monkeypatch.setattr(snapshot, "find", find_and_lose(snapshot.find))
+    if fault == "asleep":
+        monkeypatch.setenv("FAKE_QEMU_ASLEEP", "1")
+    monkeypatch.setattr(start, "WAKE_S", 0.5)
+    restoring, warning, booting = up(home, MachineRequest(**{**vars(REQUEST), "timeout_s": 1.0}))
+    assert (restoring, booting) == ("Restoring the machine box", "Starting the machine box")
+    assert "the snapshot cannot be used" in warning
+    assert "booting instead" in warning
+    assert not kept.folder.exists()
+    assert len(makers) == 1  # a new one
+
+
+def test_a_machine_that_does_not_boot_either_is_not_the_snapshots_fault(
+    home: Home, makers: list[dict[str, Any]], kept: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ready, "wait_ready", lambda *_: answer(GuestError("the disk is damaged")))
+    with pytest.raises(GuestError, match="damaged"), start.open_session(REQUEST, home, SilentReporter()):
+        pass
+    assert snapshot.list_snapshots(home.cache) == [kept]
+    assert makers == []
+
+
+def test_ctrl_c_while_restoring_leaves_nothing_that_runs(
+    home: Home, kept: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(control, "wait_for", interrupt)
+    with pytest.raises(KeyboardInterrupt), start.open_session(REQUEST, home, SilentReporter()):
+        pass
+    assert operate.status("box", home).state == "stopped"
+    assert snapshot.list_snapshots(home.cache) == [kept]
+
+
+def test_a_start_that_nobody_saw_succeed_leaves_nothing_that_runs(
+    home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: object) -> None:
+        raise GuestError("not ready")
+
+    monkeypatch.setattr(ready, "wait_ready", give_up)
+    with pytest.raises(GuestError), start.open_session(REQUEST, home, SilentReporter()):
+        pass
+    assert operate.status("box", home).state == "stopped"
+    assert makers == []
+
+
+def test_a_restore_that_was_given_up_is_begun_again(
+    home: Home, makers: list[dict[str, Any]], kept: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = MachineFiles.at(home.state, "box")
+    lifetime.prepare(make_spec(tmp_path), files, explicit_disk=False)
+    monkeypatch.setenv("FAKE_QEMU_STATUS", "inmigrate")
+    lifetime.start(make_spec(tmp_path), files, make_qemu())
+    monkeypatch.delenv("FAKE_QEMU_STATUS")
+    before = lifetime.status(files)
+    assert before.state == "restoring"
+    assert up(home) == ["Restoring the machine box"]
+    assert before.pid is not None and not process.is_alive(before.pid)
+
+
+def test_a_host_at_fault_is_not_blamed_on_the_snapshot(
+    home: Home, kept: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HostError("the disk is full")
+
+    monkeypatch.setattr(lifetime, "start", refuse)
+    with pytest.raises(HostError, match="disk is full"), start.open_session(REQUEST, home, SilentReporter()):
+        pass
+    assert snapshot.list_snapshots(home.cache) == [kept]
