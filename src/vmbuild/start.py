@@ -155,13 +155,13 @@ def _restore(
 
 def _start_making(key: str, request: MachineRequest, home: Home) -> None:
     """Have the snapshot made that the next start of such a machine wants, in the background and out of the way."""
-    if not _has_room(request, home) or os.environ.get("CI"):  # a CI job has no next start, and no CPU time to spare
+    if os.environ.get("CI"):  # a job has no next start, and no CPU time to spare
         return
     settings = {
         "CPUS": str(request.cpus),
         "MEMORY": f"{request.memory_mib}M",
         "IMAGE": request.image,
-        "TIMEOUT": f"{request.timeout_s:.0f}s",
+        "TIMEOUT": f"{request.timeout_s}s",
         "MIRROR": request.mirror,
         "SECURITY_MIRROR": request.security_mirror,
         "CACHE_DIR": str(home.cache),
@@ -169,7 +169,7 @@ def _start_making(key: str, request: MachineRequest, home: Home) -> None:
     env = {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
     argv = [sys.executable, "-m", "vmbuild", "images", "snapshot", "--in-background"]
     with suppress(HostError, OSError):  # the machine is up: what else could not be done can wait for another start
-        if snapshot.may_try(home.cache, key):
+        if _has_room(request, home) and snapshot.may_try(home.cache, key):
             with process.starting(argv, cwd=home.cache, log=home.cache / "snapshot.log", env=env):
                 pass
 

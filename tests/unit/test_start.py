@@ -96,7 +96,7 @@ def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[
     assert operate.status("box", home).restored is False
     (maker,) = makers
     assert maker["argv"][-3:] == ["images", "snapshot", "--in-background"]
-    assert (maker["VMBUILD_CPUS"], maker["VMBUILD_MEMORY"], maker["VMBUILD_TIMEOUT"]) == ("2", "2048M", "300s")
+    assert (maker["VMBUILD_CPUS"], maker["VMBUILD_MEMORY"], maker["VMBUILD_TIMEOUT"]) == ("2", "2048M", "300.0s")
     assert up(home) == []  # it runs
     assert len(makers) == 1
 
