@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vmbuild.errors import HostError
 from vmbuild.report import Reporter
+from vmbuild.whole import writing_in
 
 
 @contextmanager
@@ -19,17 +19,13 @@ def hold(path: Path, report: Reporter, work: str) -> Iterator[None]:
     Raises HostError where the file cannot be made.
     """
     lock = FileLock(path)
-    try:
+    with writing_in(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock.acquire(blocking=False)
-    except TimeoutError:
-        report.step(f"Waiting for another vmbuild that {work}")
-        lock.acquire()
-    except OSError as error:
-        raise HostError(
-            f"cannot write in {path.parent}: {error.strerror or error}",
-            resolution=f"Make room in {path.parent}, or see to it that you may write there.",
-        ) from error
+        try:
+            lock.acquire(blocking=False)
+        except TimeoutError:
+            report.step(f"Waiting for another vmbuild that {work}")
+            lock.acquire()
     try:
         yield
     finally:

@@ -58,14 +58,24 @@ class _Raw(io.FileIO):
 
 
 @contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Say what the host's file system refuses in a folder as a HostError."""
+    with _blaming_host(f"cannot write in {folder}", f"Make room in {folder}, or see to it that you may write there."):
+        yield
+
+
+@contextmanager
 def _blaming(path: Path) -> Iterator[None]:
+    with _blaming_host(f"cannot write {path}", f"Make room in {path.parent}, or name another place."):
+        yield
+
+
+@contextmanager
+def _blaming_host(what: str, resolution: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HostError(
-            f"cannot write {path}: {error.strerror or error}",
-            resolution=f"Make room in {path.parent}, or name another place.",
-        ) from error
+        raise HostError(f"{what}: {error.strerror or error}", resolution=resolution) from error
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:

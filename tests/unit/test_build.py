@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ import pytest
 import zstandard
 
 from tests.unit.guest.fakes import FakeSession, Reply
-from tests.unit.machine.conftest import PROGRAMS, make_qemu, make_spec
+from tests.unit.listener import Listener
+from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import build, operate, start
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, UsageError
@@ -206,20 +206,9 @@ def test_what_a_running_machine_cannot_become_is_refused(
         operate.resize("box", home, SilentReporter(), **asked)
 
 
-class Warnings(SilentReporter):
-    """Keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.heard.append(text)
-
-
 @pytest.fixture
-def machine(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineFiles]:
+def machine(home: Home, programs: Path) -> Iterator[MachineFiles]:
     """A machine of the fake QEMU that runs."""
-    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
     files = MachineFiles.at(home.state, "box")
     lifetime.prepare(make_spec(home.state), files, explicit_disk=False)
     files.seed.write_bytes(bytes(512))
@@ -233,11 +222,13 @@ def test_what_a_running_machine_cannot_become_is_said(
     home: Home, machine: MachineFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
-    report = Warnings()
+    report = Listener()
     asked = replace(REQUEST, disk_bytes=5 << 30, memory_mib=4096, given=frozenset({"disk", "memory", "cpus"}))
     with start.open_session(asked, home, report):
         pass
-    assert ["disk 1.0 GiB; 5.0 GiB" in text or "memory 2.0 GiB; 4.0 GiB" in text for text in report.heard] == [True] * 2
+    assert ["disk 1.0 GiB; 5.0 GiB" in text or "memory 2.0 GiB; 4.0 GiB" in text for text in report.warnings] == [
+        True
+    ] * 2
 
 
 def test_a_running_machine_survives_one_who_waits_in_vain(

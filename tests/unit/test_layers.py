@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
-    "lock": {"errors", "report"},
+    "lock": {"report", "whole"},
     "address": set(),
     "process": GROUND,
     "image.tree": GROUND,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.unit.guest.fakes import FakeSession, Reply
-from tests.unit.machine.conftest import PROGRAMS, make_qemu, make_spec
+from tests.unit.listener import Listener
+from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import operate, process, start
 from vmbuild.errors import GuestError, HostError
 from vmbuild.guest import ready
@@ -26,23 +26,9 @@ from vmbuild.report import SilentReporter
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
 
 
-class Listener(SilentReporter):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def step(self, text: str) -> None:
-        self.heard.append(text)
-
-    def warn(self, text: str) -> None:
-        self.heard.append(f"warning: {text}")
-
-
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home with the fake QEMU, a guest image, and a guest that is ready at once; its machine is gone at the end."""
-    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
     monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))

@@ -7,8 +7,8 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from vmbuild.machine.probe import Qemu
 from vmbuild.machine.qmp import Qmp
 from vmbuild.model import MIB, MachineSpec, MachineStatus, format_size
 from vmbuild.report import Reporter
-from vmbuild.whole import write_whole
+from vmbuild.whole import write_whole, writing_in
 
 START_S = 60.0
 """How long QEMU may take to open its monitor: it allocates and loads first."""
@@ -60,21 +60,9 @@ def lock(files: MachineFiles, report: Reporter) -> AbstractContextManager[None]:
     return hold(files.lock, report, f"works on the machine {files.name}")
 
 
-@contextmanager
-def _writing_in(folder: Path) -> Iterator[None]:
-    """Say what the host's file system refuses as a HostError."""
-    try:
-        yield
-    except OSError as error:
-        raise HostError(
-            f"cannot write in {folder}: {error.strerror or error}",
-            resolution=f"Make room in {folder}, or see to it that you may write there.",
-        ) from error
-
-
 def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> None:
     """Make the machine's folder and disk, or grow the disk. Never shrinks it: UsageError when that was asked."""
-    with _writing_in(files.folder):
+    with writing_in(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not files.disk.exists():
         part = files.disk.with_name("disk.part")
@@ -129,9 +117,10 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
     write_whole(files.facts, json.dumps(asdict(facts)).encode())
     argv = qemu_argv(spec, qemu, files, facts.uuid) + (["-incoming", "defer"] if restore else [])
     try:
-        with _writing_in(files.folder):
-            control.make_pipes(files)
-        with _writing_in(files.folder), process.starting(argv, cwd=files.folder, log=files.qemu_log) as exit_code:
+        with ExitStack() as started:
+            with writing_in(files.folder):
+                control.make_pipes(files)
+                exit_code = started.enter_context(process.starting(argv, cwd=files.folder, log=files.qemu_log))
             _wait_for_answer(spec, files, argv, exit_code)
             if restore is not None:
                 _restore(files, restore, Deadline.after(START_S))

@@ -12,17 +12,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from vmbuild.errors import HostError
 from vmbuild.lock import is_free
 from vmbuild.machine.argv import qemu_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import MIB, Freed, MachineSpec
-from vmbuild.whole import write_whole
+from vmbuild.whole import write_whole, writing_in
 
 TRY_AGAIN_S = 24 * 3600.0
 
@@ -101,21 +100,22 @@ def lock_file(cache: Path, key: str) -> Path:
 def making(cache: Path, key: str) -> Iterator[MachineFiles]:
     """Yield the files of a machine whose memory is to be saved; all of them are gone at the end."""
     folder = cache / "snapshots"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for left in remains(cache, key):
-            shutil.rmtree(left.folder)
-        with tempfile.TemporaryDirectory(prefix=f".{key}~", dir=folder, ignore_cleanup_errors=True) as made:
-            yield MachineFiles(Path(made))
-    except OSError as error:
-        raise HostError(f"cannot write a snapshot in {folder}: {error.strerror or error}") from error
+    with ExitStack() as stack:
+        with writing_in(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for left in remains(cache, key):
+                shutil.rmtree(left.folder)
+            place = tempfile.TemporaryDirectory(prefix=f".{key}~", dir=folder, ignore_cleanup_errors=True)
+            made = stack.enter_context(place)
+        yield MachineFiles(Path(made))
 
 
 def publish(cache: Path, key: str, spec: MachineSpec, qemu: Qemu, ram: Path) -> Snapshot:
-    """Give a saved memory its place in the cache, in one step."""
+    """Give a saved memory its place in the cache, in one step. Raises HostError."""
     folder = ram.parent / "whole"
-    folder.mkdir(mode=0o700)
-    ram.replace(folder / "ram")
+    with writing_in(ram.parent):
+        folder.mkdir(mode=0o700)
+        ram.replace(folder / "ram")
     target = cache / "snapshots" / key
     snapshot = Snapshot(
         key=key,
@@ -132,7 +132,8 @@ def publish(cache: Path, key: str, spec: MachineSpec, qemu: Qemu, ram: Path) -> 
     facts = {name: value for name, value in asdict(snapshot).items() if name != "folder"}
     write_whole(folder / "snapshot.json", json.dumps(facts).encode(), mode=0o600)
     shutil.rmtree(target, ignore_errors=True)
-    folder.replace(target)
+    with writing_in(target.parent):
+        folder.replace(target)
     return snapshot
 
 

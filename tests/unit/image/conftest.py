@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.unit.listener import Listener
 from vmbuild.image import http
-from vmbuild.report import Meter, SilentReporter
 
 
 class Dropped(Exception):
@@ -164,29 +163,6 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once, and past any proxy of the host."""
     monkeypatch.setattr(http, "BACKOFF_S", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-class Listener(SilentReporter):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.steps: list[str] = []
-        self.warnings: list[str] = []
-        self.meters: list[tuple[str, int | None]] = []
-        self.advanced = 0
-
-    def step(self, text: str) -> None:
-        self.steps.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def meter(self, label: str, total: int | None, *, unit: str = "B") -> AbstractContextManager[Meter]:
-        self.meters.append((label, total))
-        return nullcontext(self)
-
-    def advance(self, amount: int) -> None:
-        self.advanced += amount
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import MODULES, RELEASE, Entry, file, folder, module, put_package, symlink
+from tests.unit.listener import Listener
 from vmbuild import process
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance

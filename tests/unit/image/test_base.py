@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from debian.deb822 import Deb822
 
-from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import file, folder, pack_tar, put_package
+from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError
 from vmbuild.image import base
 from vmbuild.image.base import (

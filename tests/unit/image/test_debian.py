@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Listener, Site, send, status
+from tests.unit.image.conftest import Site, send, status
+from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError
 from vmbuild.image import debian, mirrors
 from vmbuild.image.debian import BadSignature, ExpiredRelease, PackageIndex, open_index, open_indexes

@@ -17,7 +17,6 @@ import requests
 
 from tests.unit.image.conftest import (
     Behaviour,
-    Listener,
     Site,
     close_delimited,
     drop_after,
@@ -26,6 +25,7 @@ from tests.unit.image.conftest import (
     status,
     without_ranges,
 )
+from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import fetch as fetch_module
 from vmbuild.image import http

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Listener
 from tests.unit.image.debs import compress, file, folder, hardlink, pack_ar, pack_deb, pack_tar, put_package, symlink
+from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError
 from vmbuild.image.packages import package_path
 from vmbuild.image.rootfs import add_packages, keep_all_but, open_part, read_files

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Listener
+from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, store
 from vmbuild.image.packages import Package

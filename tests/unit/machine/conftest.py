@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.unit.conftest import PROGRAMS
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import GIB, Arch, GuestImage, MachineSpec
-
-PROGRAMS = Path(__file__).parents[2] / "programs"
 
 
 def make_spec(folder: Path, *, memory_mib: int = 2048, disk_bytes: int = GIB, arch: Arch = Arch.ARM64) -> MachineSpec:
@@ -39,13 +37,6 @@ def make_qemu(binary: Path = PROGRAMS / "qemu-system-aarch64", *, accel: str = "
     """Return a QEMU that can do everything."""
     types = ("virt", "virt-7.2", "virt-10.0", "virt-9.2")
     return Qemu(str(binary), types, ("cortex-a76",), accel=accel, aio="io_uring", sandbox=sandbox)
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the fake programs, first on PATH."""
-    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
-    return PROGRAMS
 
 
 @pytest.fixture
