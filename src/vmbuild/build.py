@@ -13,84 +13,81 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild.errors import BuildError, GuestError, MachineError, UsageError, VmbuildError
-from vmbuild.guest import archive, context, docker, oom, resources
+from vmbuild import follow, record
+from vmbuild.errors import UsageError, VmbuildError
+from vmbuild.follow import Watch
+from vmbuild.guest import archive, context, docker, oom
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
-from vmbuild.machine import lifetime
-from vmbuild.model import (
-    MIB,
-    PLATFORMS,
-    BuildRequest,
-    BuildResult,
-    Home,
-    MachineRequest,
-    MachineStatus,
-    format_size,
-)
+from vmbuild.machine.files import MachineFiles
+from vmbuild.model import PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest
+from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import existing, open_session
-from vmbuild.whole import write_whole
+from vmbuild.start import open_session
 
 
 def build(
-    request: MachineRequest, job: BuildRequest, home: Home, report: Reporter, *, stdin: BinaryIO, stdout: BinaryIO
+    request: MachineRequest,
+    asked: BuildRequest,
+    home: Home,
+    report: Reporter,
+    *,
+    stdin: BinaryIO,
+    stdout: BinaryIO,
+    watch: Watch,
 ) -> BuildResult:
     """Build a container image in the guest and bring it back. Raises BuildError when a step of the Dockerfile fails."""
-    begun = time.monotonic()
-    source = None if _is_remote(job.context) else context.open_context(Path(job.context), job.dockerfile, stdin)
-    archive.check_output(job.output)
-    _forget_old_results(job)
-    size = 0
-    with open_session(request, home, report) as session, docker.workspace(session) as work:
-        placed = _place_context(source, session, work, report) if source else _leave_context(job, stdin, session, work)
-        # Not before the context has gone: the unfinished archive may lie in the context's folder.
-        with archive.open_output(job.output, stdout) as out:
-            report.step("Building")
-            argv = docker.build_argv(job, work, placed.where, placed.dockerfile)
-            with _explaining_memory(session, request.name, home):
-                docker.run_build(
-                    session, argv, report.output, stdin=placed.stdin, terminal=job.terminal, quiet=job.quiet
-                )
-            image_id, metadata = docker.image_id(session, work)
-            if job.output is not None:
-                report.step("Bringing the container image back")
-                known = base_image.known_layers(home.cache)
-                size = archive.write_archive(session, image_id, job.tags, out, known, report)
-        with suppress(GuestError):  # the build is done
-            resources.trim_later(session)
-    _write_result_files(job, image_id, metadata)
-    return BuildResult(image_id, job.tags, job.output, size, placed.sent_bytes, time.monotonic() - begun)
+    begun = time.time()
+    source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
+    archive.check_output(asked.output)
+    _forget_old_results(asked)
+    files = MachineFiles.at(home.state, request.name)
+    with open_session(request, home, report) as session:
+        work = docker.make_workspace(session)
+        with _removed_on_failure(session, work):
+            placed = (
+                _place_context(source, session, work, report) if source else _leave_context(asked, stdin, session, work)
+            )
+            started = _start(asked, placed, session, work, files, begun)
+        return follow.to_the_end(follow.Running(started, files, session), home, report, stdout=stdout, watch=watch)
 
 
 @contextmanager
-def _explaining_memory(session: Session, name: str, home: Home) -> Iterator[None]:
-    """Say of a build that failed what its own output does not: a process was killed for want of memory."""
-    begun = oom.read_clock(session)
+def _removed_on_failure(session: Session, work: docker.Workspace) -> Iterator[None]:
     try:
         yield
-    except (BuildError, GuestError) as error:
-        victim: oom.Victim | None = None
-        with suppress(GuestError, MachineError):
-            victim = next(reversed(oom.find_victims(session, begun)), None)
-        if victim is None:
-            raise
-        raise _out_of_memory(error, victim, lifetime.status(existing(name, home))) from error
+    except BaseException:
+        with suppress(VmbuildError):  # a guest that is gone or stopped must not hide why
+            docker.remove_workspace(session, work)
+        raise
 
 
-def _out_of_memory(error: VmbuildError, victim: oom.Victim, machine: MachineStatus) -> BuildError:
-    most = machine.memory_mib or 0
-    has = machine.memory_now_mib or most
-    more = f"`vmbuild resize {machine.name} --memory {most}M`"
-    if has >= most:
-        more = f"`vmbuild down {machine.name}`, then this command with --memory {2 * most}M"
-    return BuildError(
-        error.brief,
-        details=f"{error.details}\nThe guest ran out of memory: its kernel killed {victim.process}, which held "
-        f"{format_size(victim.memory_mib * MIB)} of the machine's {format_size(has * MIB)}.",
-        resolution=f"Run fewer jobs at once (`make -j1`), or give the machine more: {more}.",
+def _start(
+    asked: BuildRequest,
+    placed: Placed,
+    session: Session,
+    work: docker.Workspace,
+    files: MachineFiles,
+    begun: float,
+) -> BuildRecord:
+    """Start a build and remember it."""
+    started = BuildRecord(
+        folder=work.folder,
+        tags=asked.tags,
+        output=asked.output,
+        iidfile=str(asked.iidfile) if asked.iidfile else None,
+        metadata_file=str(asked.metadata_file) if asked.metadata_file else None,
+        quiet=asked.quiet,
+        cwd=str(Path.cwd()),
+        context_bytes=placed.sent_bytes,
+        boot_s=oom.read_clock(session),
+        started_at=begun,
     )
+    argv = docker.build_argv(asked, work, placed.where, placed.dockerfile)
+    docker.start_build(session, work, argv, stdin=placed.stdin, terminal=asked.terminal)
+    record.save(files.builds, started)
+    return started
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,12 @@ def _place_context(source: context.Context, session: Session, work: docker.Works
     return Placed(work.context, work.dockerfile, None, sent)
 
 
-def _leave_context(job: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
+def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
-    if "-" not in (job.context, job.dockerfile):
-        return Placed(job.context, job.dockerfile)
+    if "-" not in (asked.context, asked.dockerfile):
+        return Placed(asked.context, asked.dockerfile)
     sent = docker.write_stdin(session, work, stdin)
-    return Placed(job.context, job.dockerfile, work.stdin, sent)
+    return Placed(asked.context, asked.dockerfile, work.stdin, sent)
 
 
 def _is_remote(text: str) -> bool:
@@ -129,19 +126,13 @@ def _is_remote(text: str) -> bool:
     return text == "-" or "://" in text or text.startswith(("git@", "github.com/"))
 
 
-def _forget_old_results(job: BuildRequest) -> None:
+def _forget_old_results(asked: BuildRequest) -> None:
     """Remove what an earlier build wrote: a build that fails must not leave another's id to be read."""
-    for path in filter(None, (job.iidfile, job.metadata_file)):
+    for path in filter(None, (asked.iidfile, asked.metadata_file)):
         if not path.parent.is_dir():
             raise UsageError(f"cannot write {path}", resolution="Name a file in a folder that exists.")
         if path.is_file() and not path.is_symlink():
             path.unlink()
-
-
-def _write_result_files(job: BuildRequest, image_id: str, metadata: str) -> None:
-    for path, text in ((job.iidfile, image_id), (job.metadata_file, metadata)):
-        if path is not None:
-            write_whole(path, text.encode())
 
 
 def base(request: MachineRequest, reference: str, home: Home, report: Reporter, *, platform: str, force: bool) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar, cast
 import click
 
 from vmbuild import settings as s
-from vmbuild.errors import EXIT_CODES, INTERRUPTED, GuestImageError, HostError, UsageError, VmbuildError
-from vmbuild.model import MIB, BuildRequest, MachineStatus, format_size, parse_size
+from vmbuild.errors import EXIT_CODES, INTERRUPTED, GuestImageError, HostError, HungUp, UsageError, VmbuildError
+from vmbuild.model import MIB, BuildRequest, BuildResult, MachineStatus, format_size, parse_size
 from vmbuild.settings import Settings, machine_options
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def up(as_json: bool, **flags: Any) -> None:
 @as_json
 def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> None:
     """Build a container image in the machine, starting it when it does not run."""
-    from vmbuild import build, ui
+    from vmbuild import build
+    from vmbuild.follow import Watch
 
     job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
     job = {key: flags.pop(key) for key in job_keys}
@@ -127,15 +128,44 @@ def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> No
     )
     is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
     with _standard_input() as stdin:
-        streams = {"stdin": stdin, "stdout": sys.stdout.buffer}
-        result = build.build(found.as_request(), request, found.home(), _reporter(quiet=quiet or is_pure), **streams)
+        result = build.build(
+            *(found.as_request(), request, found.home(), _reporter(quiet=quiet or is_pure)),
+            stdin=stdin,
+            stdout=sys.stdout.buffer,
+            watch=Watch(),
+        )
+    _show_result(result, as_json=as_json, quiet=quiet, silent=is_pure)
+
+
+def _show_result(result: BuildResult, *, as_json: bool, quiet: bool, silent: bool) -> None:
+    from vmbuild import ui
+
     if as_json:
         ui.print_json(result)
-    elif quiet and request.output != "-":
+    elif quiet and result.output != "-":
         click.echo(result.image_id)
-    elif not quiet and not is_pure:
-        wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if request.output else ""
+    elif not quiet and not silent:
+        wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if result.output else ""
         ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
+
+
+@app.command()
+@name_argument
+@name_option
+@click.option("--build", "build_id", metavar="ID", help="Which build, where several run.")
+@as_json
+def attach(positional: str | None, build_id: str | None, as_json: bool, **flags: Any) -> None:
+    """Show a build that runs in the machine, whatever became of its command, and finish it as that would have."""
+    from vmbuild import follow, ui
+
+    found = _settings(flags, positional)
+    result = follow.attach(
+        found["name"], build_id, found.home(), _reporter(), stdout=sys.stdout.buffer, watch=follow.Watch()
+    )
+    if result is None:
+        ui.say("The build has ended.")
+    else:
+        _show_result(result, as_json=as_json, quiet=False, silent=False)
 
 
 def _standard_input() -> BinaryIO:
@@ -495,7 +525,7 @@ def exit_codes_table() -> str:
 
 def main() -> NoReturn:
     """Run the program."""
-    # How CI systems cancel, and how a terminal says that it is gone: clean up as after Ctrl-C.
+    # How CI systems cancel: clean up as after Ctrl-C. And how a terminal says that it is gone: a build goes on then.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, _interrupt)
@@ -511,7 +541,7 @@ def _settle_stdout() -> None:
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001
-    raise KeyboardInterrupt
+    raise HungUp if number == signal.SIGHUP else KeyboardInterrupt
 
 
 def run(argv: Sequence[str]) -> int:

@@ -68,6 +68,21 @@ class BuildError(VmbuildError):
     meaning = "the build failed: a step of the Dockerfile did"
 
 
+class SuspendedError(VmbuildError):
+    """The machine was suspended, and what ran in it can be continued."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+    meaning = "suspended: `vmbuild up`, or `vmbuild resume` where a bundle was asked for, goes on with the build"
+
+
+class TimeIsUp(Exception):
+    """The time that a build was given is used up but for what suspending it takes."""
+
+
+class HungUp(KeyboardInterrupt):
+    """The terminal is gone, as when a connection to the host breaks. A build that runs goes on."""
+
+
 INTERRUPTED = 130
 
 EXIT_CODES: dict[int, str] = {
@@ -82,6 +97,7 @@ EXIT_CODES: dict[int, str] = {
             MachineError,
             GuestError,
             BuildError,
+            SuspendedError,
         )
     },
     INTERRUPTED: "interrupted, with Ctrl-C or SIGTERM",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -32,12 +32,19 @@ def hold(path: Path, report: Reporter, work: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def attempt(path: Path) -> Iterator[bool]:
+    """Hold a lock file if nobody else does; yield whether it is held now. Raises HostError."""
+    lock = FileLock(path)
+    with writing_in(path.parent), suppress(TimeoutError):
+        lock.acquire(blocking=False)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
 def is_free(path: Path) -> bool:
     """Tell whether nobody holds a lock file at this moment."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except TimeoutError:
-        return False
-    lock.release()
-    return True
+    with attempt(path) as is_held:
+        return is_held

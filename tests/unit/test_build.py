@@ -21,7 +21,8 @@ from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import build, operate, start
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, UsageError
-from vmbuild.guest import docker, ready
+from vmbuild.follow import Watch
+from vmbuild.guest import docker, job, ready
 from vmbuild.guest.archive import BLOBS
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
@@ -49,7 +50,8 @@ class Guest(FakeSession):
             (("cat", "/w/metadata.json"), Reply(stdout=json.dumps({"containerimage.digest": IMAGE}).encode())),
             (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
             (("cat",), Reply(stdout=MANIFEST)),
-            ((docker.BUILDX,), Reply(code)),
+            ((job.PROGRAM, "follow"), Reply(code)),
+            ((job.PROGRAM,), Reply()),
             (("rm",), Reply()),
             (("cut",), Reply(stdout=b"50.0\n")),
             (("dmesg",), Reply(stdout=log)),
@@ -64,7 +66,7 @@ class Guest(FakeSession):
     def _shell(self, argv: Sequence[str]) -> Reply:
         if "mktemp" in argv[2]:
             return Reply(stdout=b"/w\n")
-        return Reply(self.code if docker.BUILDX in argv else 0)
+        return Reply()
 
     def shells(self, word: str) -> list[Any]:
         """Return the shell calls that have this word among their arguments."""
@@ -80,6 +82,7 @@ class Guest(FakeSession):
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
+    MachineFiles.at(tmp_path / "state", "box").folder.mkdir(parents=True)
     return Home(tmp_path / "cache", tmp_path / "state")
 
 
@@ -95,7 +98,7 @@ def context(tmp_path: Path) -> Path:
 def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
     """Run a build in a guest and return the guest."""
 
-    def do(job: BuildRequest, *, stdin: bytes = b"", code: int = 0, log: bytes = b"") -> Guest:
+    def do(asked: BuildRequest, *, stdin: bytes = b"", code: int = 0, log: bytes = b"") -> Guest:
         guest = Guest(code, log)
 
         @contextmanager
@@ -103,7 +106,8 @@ def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
             yield guest
 
         monkeypatch.setattr(build, "open_session", open_session)
-        build.build(REQUEST, job, home, SilentReporter(), stdin=io.BytesIO(stdin), stdout=io.BytesIO())
+        streams = {"stdin": io.BytesIO(stdin), "stdout": io.BytesIO()}
+        build.build(REQUEST, asked, home, SilentReporter(), **streams, watch=Watch())
         return guest
 
     return do
@@ -130,8 +134,9 @@ def test_standard_input_goes_before_the_build(run: Callable[..., Guest], place: 
     guest = run(BuildRequest(place, dockerfile=dockerfile, terminal=(80, 24), progress="tty"), stdin=b"FROM scratch")
     (sent,) = guest.shells("write")
     assert (sent.argv[-1], sent.stdin) == ("/w/stdin", b"FROM scratch")
-    (built,) = guest.shells(docker.BUILDX)
-    assert (built.argv[3], built.terminal) == ("/w/stdin", (80, 24))
+    (built,) = guest.ran(job.PROGRAM, "start")
+    assert built.argv[2:5] == ("/w", "80", "24")
+    assert built.argv[8:10] == ("/w/stdin", docker.BUILDX)
 
 
 def test_a_dockerfile_elsewhere_brings_its_own_rules(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:
@@ -147,12 +152,12 @@ def test_a_dockerfile_elsewhere_brings_its_own_rules(run: Callable[..., Guest], 
 
 
 def test_a_failed_build_leaves_no_older_id(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:
-    job = BuildRequest(str(context), iidfile=tmp_path / "iid", metadata_file=tmp_path / "meta")
-    run(job)
+    asked = BuildRequest(str(context), iidfile=tmp_path / "iid", metadata_file=tmp_path / "meta")
+    run(asked)
     assert (tmp_path / "iid").read_text() == IMAGE
     assert json.loads((tmp_path / "meta").read_text()) == {"containerimage.digest": IMAGE}
     with pytest.raises(BuildError):
-        run(job, code=1)
+        run(asked, code=1)
     assert not (tmp_path / "iid").exists()
     assert not (tmp_path / "meta").exists()
 
@@ -172,7 +177,6 @@ KILLED = b"Out of memory: Killed process 8 (cc1) total-vm:1kB, anon-rss:731136kB
 def test_a_build_that_ran_out_of_memory_is_told_so(
     run: Callable[..., Guest], context: Path, monkeypatch: pytest.MonkeyPatch, log: bytes, most: int, words: str
 ) -> None:
-    monkeypatch.setattr(build, "existing", lambda *_: None)
     monkeypatch.setattr(
         lifetime, "status", lambda _: MachineStatus("box", "running", memory_mib=most, memory_now_mib=1024)
     )

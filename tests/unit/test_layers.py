@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address"}
+GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "record"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
 MACHINE = {"files", "probe", "argv", "qmp", "serial", "control", "migration", "snapshot", "resources", "lifetime"}
 GUEST = {
     "session",
     "keys",
+    "job",
     "seed",
     "ssh",
     "terminal",
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "whole": {"errors"},
     "lock": {"report", "whole"},
     "address": set(),
+    "record": {"whole"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.catalog": GROUND,
@@ -72,15 +74,19 @@ ALLOWED: dict[str, set[str]] = {
     "guest.resources": GROUND | {"guest.session"},
     "guest.ready": GROUND | {"guest.session"},
     "guest.context": GROUND | {"guest.session"},
-    "guest.docker": GROUND | {"guest.session"},
+    "guest.job": GROUND | {"guest.session"},
+    "guest.docker": GROUND | {"guest.session", "guest.job"},
     "guest.archive": GROUND | {"guest.session"},
     "start": GROUND
     | {"process", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
+    "follow": GROUND
+    | {"start", "image.base", "machine.files", "machine.lifetime"}
+    | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "image.base", "image.catalog", "machine.lifetime"}
-    | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom", "resources")},
+    | {"start", "follow", "image.base", "image.catalog", "machine.files"}
+    | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "resources")}
@@ -91,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
-    "cli": GROUND | {"settings", "ui", "build", "start", "operate", "stock", "doctor", "machine.snapshot"},
+    "cli": GROUND | {"settings", "ui", "build", "follow", "start", "operate", "stock", "doctor", "machine.snapshot"},
     "__main__": {"cli"},
 }
 

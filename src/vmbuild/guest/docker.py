@@ -13,6 +13,7 @@ import zstandard
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
+from vmbuild.guest import job
 from vmbuild.guest.session import CHUNK_BYTES, Feed, Output, Session, Sink, capture
 from vmbuild.model import BuildRequest
 from vmbuild.report import Meter
@@ -64,16 +65,27 @@ class Workspace:
         return f"{self.folder}/metadata.json"
 
 
+def make_workspace(session: Session) -> Workspace:
+    """Make a workspace. Raises GuestError."""
+    script = f"umask 077; mkdir -p {WORK} && work=$(mktemp -d {WORK}/XXXXXX) && mkdir $work/context && echo $work"
+    return Workspace(capture(session, ["sh", "-c", script]).strip())
+
+
+def remove_workspace(session: Session, work: Workspace) -> None:
+    """Remove a workspace, ending first what runs in it. Raises GuestError when the guest cannot be asked."""
+    job.stop(session, work.folder)
+    session.run(["rm", "-rf", work.folder], deadline=Deadline.after(60))
+
+
 @contextmanager
 def workspace(session: Session) -> Iterator[Workspace]:
     """Make a workspace and remove it at the end, whatever happens."""
-    script = f"umask 077; mkdir -p {WORK} && work=$(mktemp -d {WORK}/XXXXXX) && mkdir $work/context && echo $work"
-    folder = capture(session, ["sh", "-c", script]).strip()
+    work = make_workspace(session)
     try:
-        yield Workspace(folder)
+        yield work
     finally:
         with suppress(VmbuildError):  # a guest that is gone or stopped must not hide why
-            session.run(["rm", "-rf", folder], deadline=Deadline.after(60))
+            remove_workspace(session, work)
 
 
 def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Meter) -> int:
@@ -159,49 +171,54 @@ def _disk_full(details: str) -> GuestError:
     )
 
 
-def build_argv(job: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
+def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
     """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
-    argv = [BUILDX, "build", "--platform", job.platform, "--progress", job.progress]
+    argv = [BUILDX, "build", "--platform", asked.platform, "--progress", asked.progress]
     argv += ["--metadata-file", work.metadata, "--provenance", "false"]
     argv += ["--output", "type=image,compression=uncompressed"]  # gzip in emulated Go makes 2 MB/s
-    for flag, values in (("--tag", job.tags), ("--build-arg", job.build_args), ("--label", job.labels)):
+    for flag, values in (("--tag", asked.tags), ("--build-arg", asked.build_args), ("--label", asked.labels)):
         for value in values:
             argv += [flag, value]
-    argv += ["--target", job.target] if job.target else []
+    argv += ["--target", asked.target] if asked.target else []
     argv += ["--file", dockerfile] if dockerfile else []
-    argv += ["--no-cache"] if job.no_cache else []
-    argv += ["--pull"] if job.pull else []
+    argv += ["--no-cache"] if asked.no_cache else []
+    argv += ["--pull"] if asked.pull else []
     return [*argv, context]
 
 
-def run_build(
-    session: Session,
-    argv: Sequence[str],
-    output: Output,
-    *,
-    stdin: str | None,
-    terminal: tuple[int, int] | None,
-    quiet: bool,
+def start_build(
+    session: Session, work: Workspace, argv: Sequence[str], *, stdin: str | None, terminal: tuple[int, int] | None
 ) -> None:
-    """Run a build, passing its output on; `stdin` is a file in the guest.
-
-    Raises BuildError that names the step and the exit code that failed it, GuestError when the guest is at fault.
-    """
-    tail = bytearray()
-
-    def listen(data: bytes) -> None:
-        tail.extend(data)
-        del tail[:-TAIL_BYTES]
-        if not quiet:
-            output(data)
-
+    """Start a build, whose standard input is a file in the guest; it goes on without us. Raises GuestError."""
     if stdin is not None:
         argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
-    code = session.run(argv, on_stdout=listen, on_stderr=listen, terminal=terminal)
-    if code != 0:
-        if quiet:
-            output(bytes(tail))
-        raise explain_failure(tail.decode(errors="replace"), code)
+    job.start(session, work.folder, argv, terminal)
+
+
+class BuildLog:
+    """What a build writes: passed on as it comes, unless quiet, and its end kept to tell why it failed."""
+
+    def __init__(self, output: Output, *, quiet: bool) -> None:
+        self.size = 0
+        self._output = output
+        self._quiet = quiet
+        self._tail = bytearray()
+
+    def take(self, data: bytes) -> None:
+        """Take what it wrote next."""
+        self.size += len(data)
+        self._tail.extend(data)
+        del self._tail[:-TAIL_BYTES]
+        if not self._quiet:
+            self._output(data)
+
+    def check(self, code: int) -> None:
+        """Raise BuildError that names the step and its exit code, GuestError when the guest is at fault."""
+        if code == 0:
+            return
+        if self._quiet:
+            self._output(bytes(self._tail))
+        raise explain_failure(self._tail.decode(errors="replace"), code)
 
 
 def image_id(session: Session, work: Workspace) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import paramiko
 
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, VmbuildError
-from vmbuild.guest.session import Feed, Output, WrongHostKeyError
+from vmbuild.guest.session import ConnectionLostError, Feed, Output, Tick, WrongHostKeyError
 from vmbuild.model import Endpoint
 
 WINDOW_BYTES = 4 * 1024 * 1024
@@ -37,7 +37,8 @@ STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 class SshSession:
     """An authenticated SSH connection to one guest; see `Session`."""
 
-    def __init__(self, transport: paramiko.Transport, watch: Watch) -> None:
+    def __init__(self, endpoint: Endpoint, transport: paramiko.Transport, watch: Watch) -> None:
+        self._endpoint = endpoint
         self._transport = transport
         self._watch = watch
         self._in_vain: VmbuildError | None = None
@@ -50,19 +51,13 @@ class SshSession:
 
         Raises WrongHostKeyError for another host key, GuestError when nobody answers or the key is refused.
         """
-        transport = _open_transport(endpoint, deadline)
-        transport.auth_timeout = deadline.remaining_s(30)
-        try:
-            _check_host_key(transport, endpoint)
-            transport.auth_publickey(endpoint.user, paramiko.Ed25519Key.from_private_key_file(str(endpoint.client_key)))
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            transport.close()
-            raise GuestError("the guest's SSH server refused the log-in", details=str(error)) from error
-        except BaseException:
-            transport.close()
-            raise
-        transport.set_keepalive(30)
-        return cls(transport, watch)
+        return cls(endpoint, _log_in(endpoint, deadline), watch)
+
+    def reopen(self, deadline: Deadline) -> None:
+        """Connect anew; see `Session.reopen`. Raises what the watch says when waiting is in vain."""
+        self._transport.close()
+        self._ask_watch()
+        self._transport = _log_in(self._endpoint, deadline)
 
     def run(
         self,
@@ -73,6 +68,7 @@ class SshSession:
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         """Run a program and return its exit code; see `Session.run`."""
         if self._in_vain is not None:  # nothing runs there any more, not even what would clean up
@@ -86,9 +82,9 @@ class SshSession:
         except (paramiko.SSHException, OSError, EOFError) as error:
             if deadline.passed:
                 raise _too_late() from error
-            raise GuestError("the connection to the guest broke", details=str(error)) from error
+            raise ConnectionLostError("the connection to the guest broke", details=str(error)) from error
         run = _Run(channel, feed, on_stdout, on_stderr, deadline, self._ask_watch, has_terminal=terminal is not None)
-        return run.to_the_end(self._signal)
+        return run.to_the_end(self._signal, on_tick or _do_nothing)
 
     def _ask_watch(self) -> None:
         try:
@@ -160,10 +156,10 @@ class _Run:
         self._feed_error: BaseException | None = None
         self._feeder = threading.Thread(target=self._run_feed, args=(feed,), daemon=True)
 
-    def to_the_end(self, signal: Signal) -> int:
+    def to_the_end(self, signal: Signal, on_tick: Tick) -> int:
         self._feeder.start()
         try:
-            self._pump()
+            self._pump(on_tick)
             return self._exit_code()
         except _InVain as error:
             assert error.__cause__ is not None  # noqa: S101 - see _ask_watch
@@ -188,7 +184,7 @@ class _Run:
         except BaseException as error:
             self._feed_error = error
 
-    def _pump(self) -> None:
+    def _pump(self, on_tick: Tick) -> None:
         """Pass both outputs on until both have ended."""
         channel = self._channel
         handle = channel.fileno()
@@ -198,6 +194,7 @@ class _Run:
                 raise self._feed_error
             if self._deadline.passed:
                 raise _too_late()
+            on_tick()
             ready, _, _ = select.select([handle], [], [], self._deadline.remaining_s(0.5))
             heard = time.monotonic() if ready else heard
             if time.monotonic() - heard > WATCH_EVERY_S:
@@ -243,7 +240,7 @@ class _Run:
         try:
             self._channel.get_transport().open_session(timeout=10).close()
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise GuestError(
+            raise ConnectionLostError(
                 "the connection to the guest broke",
                 resolution="Run `vmbuild logs` to see the guest's last words, and the command again.",
             ) from error
@@ -293,12 +290,32 @@ def _ignore(data: bytes) -> None:
     """Drop output that nobody asked for."""
 
 
+def _do_nothing() -> None:
+    """Be a tick that nobody asked for."""
+
+
 def silence_paramiko() -> None:
     """Keep paramiko from printing tracebacks of connections that are tried again."""
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 
 silence_paramiko()
+
+
+def _log_in(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transport:
+    transport = _open_transport(endpoint, deadline)
+    transport.auth_timeout = deadline.remaining_s(30)
+    try:
+        _check_host_key(transport, endpoint)
+        transport.auth_publickey(endpoint.user, paramiko.Ed25519Key.from_private_key_file(str(endpoint.client_key)))
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        transport.close()
+        raise GuestError("the guest's SSH server refused the log-in", details=str(error)) from error
+    except BaseException:
+        transport.close()
+        raise
+    transport.set_keepalive(30)
+    return transport
 
 
 def _open_transport(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transport:

@@ -73,6 +73,11 @@ class MachineFiles:
         return self.folder / "console.log"
 
     @property
+    def suspension(self) -> Path:
+        """What a suspended machine goes on from, JSON; there is none for one that runs or was stopped."""
+        return self.folder / "suspended.json"
+
+    @property
     def qemu_log(self) -> Path:
         """What QEMU itself has to say."""
         return self.folder / "qemu.log"
@@ -86,6 +91,11 @@ class MachineFiles:
     def control_out(self) -> Path:
         """The pipe that carries the guest's answers."""
         return self.folder / "control.out"
+
+    @property
+    def builds(self) -> Path:
+        """The folder of what is known here of the builds that run in the guest."""
+        return self.folder / "builds"
 
     @property
     def client_key(self) -> Path:

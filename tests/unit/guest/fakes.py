@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vmbuild.deadline import NEVER, Deadline
-from vmbuild.guest.session import Feed, Output
+from vmbuild.guest.session import Feed, Output, Tick
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class FakeSession:
         self.table = table
         self.calls: list[Call] = []
         self.closed = 0
+        self.reopened = 0
 
     def run(
         self,
@@ -48,11 +49,14 @@ class FakeSession:
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         stdin = io.BytesIO()
         if feed is not None:
             feed(stdin)
         self.calls.append(Call(tuple(argv), stdin.getvalue(), terminal, deadline))
+        if on_tick is not None:
+            on_tick()
         for words, reply in self.table:
             if tuple(argv[: len(words)]) == words:
                 if reply.error is not None:
@@ -61,6 +65,9 @@ class FakeSession:
                 _say(on_stderr, reply.stderr)
                 return reply.code
         raise AssertionError(f"nobody told what {argv} answers")
+
+    def reopen(self, deadline: Deadline) -> None:
+        self.reopened += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -82,6 +89,7 @@ class HostSession(FakeSession):
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         stdin = io.BytesIO()
         if feed is not None:

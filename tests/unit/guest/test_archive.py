@@ -19,7 +19,7 @@ import zstandard
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
 from vmbuild.guest.archive import check_output, full_reference, open_output, write_archive
-from vmbuild.guest.session import Feed, Output
+from vmbuild.guest.session import Feed, Output, Tick
 from vmbuild.report import SilentReporter
 
 PLAIN = "application/vnd.docker.image.rootfs.diff.tar"
@@ -53,6 +53,7 @@ class BlobStore:
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         name = argv[-1].rpartition("/")[2]
         self.read.append(name)
@@ -65,6 +66,9 @@ class BlobStore:
         for start in range(0, len(data), 100):
             on_stdout(data[start : start + 100])
         return 0
+
+    def reopen(self, deadline: Deadline) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -204,6 +208,7 @@ class Answers(BlobStore):
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         if not argv[-1].endswith(self.name):
             return super().run(argv, on_stdout=on_stdout)

@@ -12,10 +12,12 @@ import zstandard
 
 from tests.unit.guest.fakes import CountingMeter, FakeSession, HostSession, Reply
 from vmbuild.errors import BuildError, GuestError
+from vmbuild.guest import job
 from vmbuild.guest.context import open_context
 from vmbuild.guest.docker import (
     BUILDX,
     TAR,
+    BuildLog,
     Workspace,
     build_argv,
     configure_tree,
@@ -24,12 +26,11 @@ from vmbuild.guest.docker import (
     image_id,
     import_image,
     pack_tree,
-    run_build,
+    start_build,
     unpack_context,
     unpack_tree,
     workspace,
     write_file,
-    write_stdin,
 )
 from vmbuild.guest.session import send
 from vmbuild.model import BuildRequest
@@ -252,42 +253,41 @@ def test_a_guest_at_fault_is_told_from_a_dockerfile_at_fault(output: str, code: 
     assert error.resolution
 
 
-def session_for(code: int, stdout: bytes = b"", stderr: bytes = b"") -> FakeSession:
-    return FakeSession((("buildx",), Reply(code, stdout, stderr)))
+def read_log(code: int, *pieces: bytes, quiet: bool = False) -> bytes:
+    """Return what a build's log passes on, the build having ended with this code."""
+    heard = bytearray()
+    log = BuildLog(heard.extend, quiet=quiet)
+    for piece in pieces:
+        log.take(piece)
+    assert log.size == sum(map(len, pieces))
+    if code == 0:
+        log.check(code)
+    else:
+        with pytest.raises(BuildError, match="RUN exit 3 failed with exit code 3"):
+            log.check(code)
+    return bytes(heard)
 
 
-def test_a_good_build_passes_both_outputs_on() -> None:
-    session, heard = session_for(0, stdout=b"out", stderr=b"err"), bytearray()
-    run_build(session, ["buildx", "build"], heard.extend, stdin=None, terminal=(80, 24), quiet=False)
-    assert bytes(heard) == b"outerr"
-    assert session.calls[0].terminal == (80, 24)
-
-
-def test_a_build_reads_its_standard_input_from_a_file(tmp_path: Path) -> None:
-    work, heard = Workspace(str(tmp_path)), bytearray()
-    assert write_stdin(HostSession(), work, io.BytesIO(b"tar" * 1_000_000)) == 3_000_000
-    run_build(HostSession(), ["wc", "-c"], heard.extend, stdin=work.stdin, terminal=None, quiet=False)
-    assert heard.split() == [b"3000000"]
+def test_a_build_is_started_as_a_job_of_its_workspace() -> None:
+    session = FakeSession(((job.PROGRAM,), Reply()))
+    start_build(session, WORK, ["buildx", "build"], stdin=None, terminal=(80, 24))
+    start_build(session, WORK, ["buildx"], stdin="/w/stdin", terminal=None)
+    first, second = (call.argv[1:] for call in session.calls)
+    assert first == ("start", "/w", "80", "24", "buildx", "build")
+    assert second[:4] == ("start", "/w", "0", "0")
+    assert second[-2:] == ("/w/stdin", "buildx")
 
 
 def test_a_quiet_build_says_nothing_unless_it_fails() -> None:
-    heard = bytearray()
-    run_build(session_for(0, stderr=b"words"), ["buildx"], heard.extend, stdin=None, terminal=None, quiet=True)
-    assert heard == b""
-    with pytest.raises(BuildError, match="RUN exit 3 failed with exit code 3"):
-        failed = session_for(1, stderr=FAILED_RUN.encode())
-        run_build(failed, ["buildx"], heard.extend, stdin=None, terminal=None, quiet=True)
-    assert heard.decode() == FAILED_RUN
+    assert read_log(0, b"words", quiet=True) == b""
+    assert read_log(0, b"wo", b"rds") == b"words"
+    assert read_log(1, FAILED_RUN.encode(), quiet=True).decode() == FAILED_RUN
 
 
 def test_only_the_end_of_a_long_output_is_kept() -> None:
-    heard = bytearray()
     noise = b"x" * 80 + b"\n"
-    with pytest.raises(BuildError, match="exit code 3") as caught:
-        said = session_for(1, stdout=noise * 10_000, stderr=FAILED_RUN.encode())
-        run_build(said, ["buildx"], heard.extend, stdin=None, terminal=None, quiet=False)
-    assert len(heard) == 810_000 + len(FAILED_RUN)
-    assert len(caught.value.details) < 5000
+    assert len(read_log(1, noise * 10_000, FAILED_RUN.encode())) == 810_000 + len(FAILED_RUN)
+    assert len(read_log(1, noise * 10_000, FAILED_RUN.encode(), quiet=True)) < 100_000
 
 
 def test_the_metadata_names_the_container_image() -> None:
@@ -300,7 +300,12 @@ def test_the_metadata_names_the_container_image() -> None:
 
 
 def in_a_workspace(*more: tuple[tuple[str, ...], Reply]) -> FakeSession:
-    return FakeSession(*more, (("sh", "-c"), Reply(stdout=b"/var/lib/vmbuild/work/abc\n")), (("rm",), Reply()))
+    return FakeSession(
+        *more,
+        (("sh", "-c"), Reply(stdout=b"/var/lib/vmbuild/work/abc\n")),
+        ((job.PROGRAM, "stop"), Reply()),
+        (("rm",), Reply()),
+    )
 
 
 @pytest.mark.parametrize("error", [None, BuildError("b"), GuestError("g"), KeyboardInterrupt(), ZeroDivisionError()])
@@ -464,6 +469,8 @@ def test_a_tree_that_cannot_be_packed_is_an_error() -> None:
 
 def test_what_was_said_long_before_the_end_is_forgotten() -> None:
     """Only so much output is kept in memory, however much a build says."""
-    session = session_for(9, stdout=FAILED_RUN.encode(), stderr=b"noise\n" * 20_000)
+    log = BuildLog(bytearray().extend, quiet=False)
+    log.take(FAILED_RUN.encode())
+    log.take(b"noise\n" * 20_000)
     with pytest.raises(BuildError, match="docker build ended with exit code 9"):
-        run_build(session, ["buildx"], bytearray().extend, stdin=None, terminal=None, quiet=False)
+        log.check(9)

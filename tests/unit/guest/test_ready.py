@@ -8,7 +8,7 @@ import pytest
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, MachineError
 from vmbuild.guest.ready import CHECKS, wait_ready
-from vmbuild.guest.session import Feed, Output, Session, WrongHostKeyError
+from vmbuild.guest.session import Feed, Output, Session, Tick, WrongHostKeyError
 from vmbuild.report import SilentReporter
 
 
@@ -29,6 +29,7 @@ class FakeSession:
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         for number, check in enumerate(CHECKS):
             if argv[-1] == check.probe:
@@ -38,6 +39,9 @@ class FakeSession:
         if on_stdout is not None:
             on_stdout(b"the log says why")
         return 0
+
+    def reopen(self, deadline: Deadline) -> None:
+        raise AssertionError("nobody connects again here")
 
     def close(self) -> None:
         self.closed = True
@@ -122,6 +126,7 @@ class Refusing(FakeSession):
         on_stderr: Output | None = None,
         terminal: tuple[int, int] | None = None,
         deadline: Deadline = NEVER,
+        on_tick: Tick | None = None,
     ) -> int:
         if argv[-1] == self.at:
             deadline.sleep(0.3)

@@ -1,0 +1,216 @@
+"""The recipe of a build that runs: follow it to its end, bring its container image home, leave nothing behind.
+
+It runs in the guest by itself. Who followed it may be gone, or have lost the connection: another goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from vmbuild import record
+from vmbuild.deadline import Deadline
+from vmbuild.errors import (
+    BuildError,
+    GuestError,
+    HungUp,
+    MachineError,
+    SuspendedError,
+    TimeIsUp,
+    UsageError,
+    VmbuildError,
+)
+from vmbuild.guest import archive, docker, job, oom, resources
+from vmbuild.guest.session import ConnectionLostError, Session
+from vmbuild.image import base as base_image
+from vmbuild.lock import attempt, hold
+from vmbuild.machine import lifetime
+from vmbuild.machine.files import MachineFiles
+from vmbuild.model import MIB, BuildResult, Home, MachineStatus, format_size
+from vmbuild.record import BuildRecord
+from vmbuild.report import Reporter
+from vmbuild.start import existing, running_session
+from vmbuild.whole import write_whole
+
+RECONNECT_S = 120.0
+"""How long a guest may take to let us in again that does not answer any more."""
+
+LEFT_RUNNING = (HungUp, SuspendedError, TimeIsUp)
+"""After these a build goes on in its guest, now or later."""
+
+
+class Watch:
+    """Someone who looks on while a build runs, and ends the looking on by raising."""
+
+    def heard(self) -> None:
+        """Take notice that the build wrote something."""
+
+    def tick(self) -> None:
+        """Look; called at least twice a second."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A build that runs in a guest, and the connection over which it is followed."""
+
+    record: BuildRecord
+    files: MachineFiles
+    session: Session
+
+    @property
+    def work(self) -> docker.Workspace:
+        """The build's workspace in the guest."""
+        return docker.Workspace(self.record.folder)
+
+
+def attach(
+    name: str, build_id: str | None, home: Home, report: Reporter, *, stdout: BinaryIO, watch: Watch
+) -> BuildResult | None:
+    """Show a build that runs in a machine, from its beginning, and finish it as its command would have.
+
+    Returns None when the command that started it still does that. Raises UsageError when there is no such build.
+    """
+    files = existing(name, home)
+    with running_session(name, home) as session:
+        running = Running(_choose(files, session, build_id), files, session)
+        with attempt(record.lock_file(files.builds, running.record)) as is_ours:
+            if is_ours:
+                return _end_to_end(running, home, report, stdout, watch)
+        report.step("The command that started this build follows it too, and finishes it")
+        _follow(running, report, watch)
+        return None
+
+
+def _choose(files: MachineFiles, session: Session, build_id: str | None) -> BuildRecord:
+    found = record.load_all(files.builds)
+    for each in [each for each in found if not job.exists(session, each.folder)]:
+        record.forget(files.builds, each)  # it ended with a machine that went down
+        found.remove(each)
+    wanted = [each for each in found if build_id in (None, each.id)]
+    if not wanted:
+        what = f"no build {build_id}" if build_id else "no build"
+        raise UsageError(f"the machine {files.name} has {what} to attach to", details="\n".join(map(_describe, found)))
+    if len(wanted) > 1:
+        raise UsageError(
+            f"{len(wanted)} builds run in the machine {files.name}",
+            details="\n".join(map(_describe, wanted)),
+            resolution="Choose one with --build ID, the first word of its line.",
+        )
+    return wanted[0]
+
+
+def _describe(each: BuildRecord) -> str:
+    since = time.strftime("%H:%M:%S", time.localtime(each.started_at))
+    return f"{each.id}  {', '.join(each.tags) or '(no tag)'}, since {since}"
+
+
+def to_the_end(running: Running, home: Home, report: Reporter, *, stdout: BinaryIO, watch: Watch) -> BuildResult:
+    """Follow a build and bring its container image home. Raises BuildError when a step of the Dockerfile fails."""
+    with hold(record.lock_file(running.files.builds, running.record), report, "follows this build"):
+        return _end_to_end(running, home, report, stdout, watch)
+
+
+def _end_to_end(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
+    with _ended_after(running):
+        return _finish(running, home, report, stdout, watch)
+
+
+@contextmanager
+def _ended_after(running: Running) -> Iterator[None]:
+    """End a build, and remove what it leaves, however the block is left; but for what leaves a build running."""
+    try:
+        yield
+    except LEFT_RUNNING:
+        raise
+    except BaseException:
+        with suppress(VmbuildError):  # a machine that is gone, or stands still, keeps the build
+            _end(running)
+        raise
+    with suppress(GuestError):  # the build is done
+        _end(running)
+        resources.trim_later(running.session)
+
+
+def _end(running: Running) -> None:
+    docker.remove_workspace(running.session, running.work)
+    record.forget(running.files.builds, running.record)
+
+
+def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
+    asked, session, size = running.record, running.session, 0
+    archive.check_output(asked.output_place)
+    with archive.open_output(asked.output_place, stdout) as out:
+        report.step("Building")
+        with _explaining_memory(running):
+            _follow(running, report, watch)
+        image_id, metadata = docker.image_id(session, running.work)
+        if asked.output is not None:
+            report.step("Bringing the container image back")
+            known = base_image.known_layers(home.cache)
+            size = archive.write_archive(session, image_id, asked.tags, out, known, report)
+    for path, text in ((asked.place(asked.iidfile), image_id), (asked.place(asked.metadata_file), metadata)):
+        if path is not None:
+            write_whole(path, text.encode())
+    seconds = time.time() - asked.started_at
+    return BuildResult(image_id, asked.tags, asked.output, size, asked.context_bytes, seconds)
+
+
+def _follow(running: Running, report: Reporter, watch: Watch) -> None:
+    """Pass on what a build writes until it ends, over as many connections as that takes."""
+    log = docker.BuildLog(report.output, quiet=running.record.quiet)
+
+    def take(data: bytes) -> None:
+        watch.heard()
+        log.take(data)
+
+    while True:
+        try:
+            code = job.follow(running.session, running.record.folder, log.size, take, watch.tick)
+        except ConnectionLostError:
+            report.warn("the connection to the guest was lost; the build goes on, connecting again")
+            _reconnect(running.session)
+        else:
+            return log.check(code)
+
+
+def _reconnect(session: Session) -> None:
+    """Connect again. Raises GuestError when the guest does not let us in, MachineError when it is gone."""
+    limit = Deadline.after(RECONNECT_S)
+    while True:
+        try:
+            return session.reopen(limit)
+        except GuestError:
+            if limit.passed:
+                raise
+            limit.sleep(0.5)
+
+
+@contextmanager
+def _explaining_memory(running: Running) -> Iterator[None]:
+    """Say of a build that failed what its own output does not: a process was killed for want of memory."""
+    try:
+        yield
+    except (BuildError, GuestError) as error:
+        victim: oom.Victim | None = None
+        with suppress(GuestError, MachineError):
+            victim = next(reversed(oom.find_victims(running.session, running.record.boot_s)), None)
+        if victim is None:
+            raise
+        raise _out_of_memory(error, victim, lifetime.status(running.files)) from error
+
+
+def _out_of_memory(error: VmbuildError, victim: oom.Victim, machine: MachineStatus) -> BuildError:
+    most = machine.memory_mib or 0
+    has = machine.memory_now_mib or most
+    more = f"`vmbuild resize {machine.name} --memory {most}M`"
+    if has >= most:
+        more = f"`vmbuild down {machine.name}`, then this command with --memory {2 * most}M"
+    return BuildError(
+        error.brief,
+        details=f"{error.details}\nThe guest ran out of memory: its kernel killed {victim.process}, which held "
+        f"{format_size(victim.memory_mib * MIB)} of the machine's {format_size(has * MIB)}.",
+        resolution=f"Run fewer jobs at once (`make -j1`), or give the machine more: {more}.",
+    )

@@ -1,0 +1,83 @@
+"""Builds that run in a guest, as the host remembers them: a machine's `vmbuild attach` goes by this."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vmbuild.whole import write_whole, writing_in
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """A build that was started, and what its command asked to be done with what comes of it.
+
+    `folder` is the build's workspace in the guest. Paths are as the user wrote them, relative to `cwd`. `boot_s` is
+    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here.
+    """
+
+    folder: str
+    tags: tuple[str, ...]
+    output: str | None
+    iidfile: str | None
+    metadata_file: str | None
+    quiet: bool
+    cwd: str
+    context_bytes: int
+    boot_s: float
+    started_at: float
+
+    @property
+    def id(self) -> str:
+        """What tells it from the machine's other builds."""
+        return self.folder.rpartition("/")[2]
+
+    @property
+    def output_place(self) -> str | None:
+        """Where the archive goes: an absolute path, `-` or nothing."""
+        return self.output if self.output in (None, "-") else str(Path(self.cwd) / str(self.output))
+
+    def place(self, path: str | None) -> Path | None:
+        """Return a path of this record as this host finds it."""
+        return Path(self.cwd) / path if path else None
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> BuildRecord:
+        """Return the record that was written as JSON. Raises TypeError or KeyError for anything else."""
+        return cls(**{**data, "tags": tuple(data["tags"])})
+
+
+def save(builds: Path, record: BuildRecord) -> None:
+    """Remember a build. Raises HostError."""
+    with writing_in(builds):
+        builds.mkdir(mode=0o700, exist_ok=True)
+    write_whole(_place(builds, record), json.dumps(asdict(record)).encode(), mode=0o600)
+
+
+def forget(builds: Path, record: BuildRecord) -> None:
+    """Forget a build. Harmless when it is forgotten."""
+    _place(builds, record).unlink(missing_ok=True)
+    lock_file(builds, record).unlink(missing_ok=True)
+
+
+def load_all(builds: Path) -> list[BuildRecord]:
+    """Return the builds that are remembered, the oldest first."""
+    found = []
+    for path in builds.glob("[!.]*.json"):
+        try:
+            found.append(BuildRecord.from_data(json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError, KeyError):  # forgotten meanwhile, or another vmbuild's
+            continue
+    return sorted(found, key=lambda record: record.started_at)
+
+
+def lock_file(builds: Path, record: BuildRecord) -> Path:
+    """Return the lock that is held by who brings the container image back."""
+    return builds / f".{record.id}.lock"
+
+
+def _place(builds: Path, record: BuildRecord) -> Path:
+    return builds / f"{record.id}.json"

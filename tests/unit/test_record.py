@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vmbuild import record
+from vmbuild.record import BuildRecord
+
+FIRST = BuildRecord("/w/first", ("a:1", "b"), "out/a.tar", "iid", None, False, "/home/me", 12, 3.5, 100.0)
+SECOND = replace(FIRST, folder="/w/second", started_at=200.0, output="-")
+
+
+def test_builds_are_remembered_and_forgotten(tmp_path: Path) -> None:
+    builds = tmp_path / "builds"
+    assert record.load_all(builds) == []
+    for each in (SECOND, FIRST, FIRST):
+        record.save(builds, each)
+    assert record.load_all(builds) == [FIRST, SECOND]
+    record.lock_file(builds, FIRST).touch()
+    for _ in range(2):
+        record.forget(builds, FIRST)
+    assert record.load_all(builds) == [SECOND]
+    assert [path.name for path in builds.iterdir()] == ["second.json"]
+
+
+def test_what_makes_no_sense_is_passed_over(tmp_path: Path) -> None:
+    record.save(tmp_path, FIRST)
+    for number, text in enumerate(("", "[]", "{}", '{"tags": 1}', '{"folder": "/w/x", "tags": [], "new": 1}')):
+        (tmp_path / f"{number}.json").write_text(text)
+    assert record.load_all(tmp_path) == [FIRST]
+
+
+def test_paths_are_as_its_command_meant_them() -> None:
+    assert FIRST.output_place == "/home/me/out/a.tar"
+    assert SECOND.output_place == "-"
+    assert replace(FIRST, output=None).output_place is None
+    assert replace(FIRST, output="/abs.tar").output_place == "/abs.tar"
+    assert FIRST.place(FIRST.iidfile) == Path("/home/me/iid")
+    assert FIRST.place(None) is None
+    assert FIRST.id == "first"
