@@ -365,6 +365,22 @@ def down(positional: str | None, **flags: Any) -> None:
 @app.command()
 @name_argument
 @name_option
+@as_json
+def suspend(positional: str | None, as_json: bool, **flags: Any) -> None:
+    """Save the machine as it is, a build in it or not, and free its CPUs and memory; `up` goes on with it."""
+    from vmbuild import operate, ui
+
+    found = _settings(flags, positional)
+    saved = operate.suspend(found["name"], found.home(), _reporter())
+    if as_json:
+        ui.print_json(saved)
+    else:
+        ui.say(f"The machine {found['name']} is suspended ({format_size(saved.size_bytes)}); `vmbuild up` goes on.")
+
+
+@app.command()
+@name_argument
+@name_option
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def destroy(positional: str | None, yes: bool, **flags: Any) -> None:
     """Stop the machine and delete it, disk and keys included."""

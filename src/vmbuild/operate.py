@@ -8,15 +8,19 @@ from contextlib import suppress
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError, UsageError
 from vmbuild.guest import ready, resources, terminal
-from vmbuild.machine import lifetime, serial
+from vmbuild.machine import lifetime, serial, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB, LEAST_MEMORY_MIB, grow_disk, set_memory
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, Home, MachineRequest, MachineStatus, format_size
 from vmbuild.report import Reporter
 from vmbuild.start import connect, existing, open_session, running_session
 
 POWER_OFF_S = 60.0
 """How long a guest may take to power off: Docker alone has ten seconds, on a busy host more."""
+
+SAVE_S = 1800.0
+"""How long saving a machine's memory may take: as long as the host's disk needs."""
 
 USAGE_S = 5.0
 """How long a guest may take to let us in that is only asked how it does."""
@@ -44,11 +48,30 @@ def down(name: str, home: Home, report: Reporter) -> bool:
     """Stop the machine, keeping its disk; tell whether it ran."""
     files = existing(name, home)
     with lifetime.lock(files, report):
-        if lifetime.status(files).state == "stopped":
+        state = lifetime.status(files).state
+        if state == "suspended":
+            report.step(f"Giving up what ran in the suspended machine {name}")
+            suspension.discard(files)
+            return True
+        if state == "stopped":
             return False
         report.step(f"Stopping the machine {name}")
         lifetime.stop(files, Deadline.after(POWER_OFF_S), ask=lambda limit: _power_off(files, limit))
+        suspension.discard(files)  # of one whose suspending was cut short
         return True
+
+
+def suspend(name: str, home: Home, report: Reporter) -> Suspension:
+    """Save the machine as it is, a build in it or not, and end it: it takes no CPU time and no memory.
+
+    Raises MachineError when it does not run, HostError when the host's disk is full; it then goes on.
+    """
+    files = existing(name, home)
+    with lifetime.lock(files, report):
+        if (found := suspension.find(files)) is not None and lifetime.status(files).state == "suspended":
+            return found
+        report.step(f"Suspending the machine {name}")
+        return lifetime.suspend(files, Deadline.after(SAVE_S))
 
 
 def _power_off(files: MachineFiles, deadline: Deadline) -> None:

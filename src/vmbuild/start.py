@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from vmbuild import process
 from vmbuild.deadline import Deadline
@@ -17,9 +18,10 @@ from vmbuild.errors import GuestError, HostError, MachineError, UsageError
 from vmbuild.guest import clock, ready, seed, ssh
 from vmbuild.guest.session import Session
 from vmbuild.image import catalog, store
-from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine import control, lifetime, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import GIB, MIB, Endpoint, GuestImage, Home, MachineRequest, MachineSpec, MachineStatus, format_size
 from vmbuild.report import Reporter
 
@@ -50,6 +52,8 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
     """Start the machine and wait for its guest; None when it runs already."""
     if _is_running(request, files, report):
         return None
+    if (kept_here := suspension.find(files)) is not None:
+        return go_on(kept_here, request, files, home, report)
     shape = shape_of(request.name, request, home, report)
     lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given)
     write_seed(files, f"vmbuild-{request.name}", seed.proxies(os.environ))
@@ -146,11 +150,54 @@ def _restore(
             if not is_whole.result():
                 raise MachineError("it was changed since it was made")
 
-        order = f"wake {round(time.time())}"
-        lifetime.start(shape.spec, files, shape.qemu, restore=lifetime.Restore(kept.ram, order, check))
-    limit = Deadline.after(max(WAKE_S, request.timeout_s / 3))
+        restore = lifetime.Restore(kept.ram, f"wake {round(time.time())}", check)
+        lifetime.start(shape.spec, files, shape.qemu, restore=restore)
+    return _wait_awake(files, Deadline.after(max(WAKE_S, request.timeout_s / 3)), report)
+
+
+def _wait_awake(files: MachineFiles, limit: Deadline, report: Reporter) -> Session:
     control.wait_for(files, "awake", limit)
     return wait_ready(files, limit, report)
+
+
+def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session:
+    """Let a suspended machine go on where it was. It is never booted instead: what runs in it would be lost.
+
+    Raises UsageError when it is asked to be another, MachineError when this host cannot go on with it.
+    """
+    _refuse_differences(kept, request, files)
+    image = _image_of(kept, request, home, report)
+    qemu = probe(image.arch, home.cache)
+    spec = suspension.fit(kept, MachineSpec(files.name, request.cpus, request.memory_mib, 0, image), qemu)
+    write_seed(files, f"vmbuild-{files.name}", seed.proxies(os.environ))
+    report.step(f"Going on with the suspended machine {files.name}")
+    with ThreadPoolExecutor(1) as beside:
+        check = beside.submit(suspension.check, files, kept).result
+        order = f"go_on {round(time.time())}"
+        discard = partial(suspension.discard, files)
+        restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast)
+        lifetime.start(spec, files, qemu, restore=restore)
+    return _wait_awake(files, Deadline.after(request.timeout_s), report)
+
+
+def _refuse_differences(kept: Suspension, request: MachineRequest, files: MachineFiles) -> None:
+    """Refuse to make another machine of a suspended one: its guest knows what it had."""
+    facts = kept.facts
+    asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
+    has = {"cpus": facts.cpus, "memory": facts.memory_mib, "image": facts.image}
+    for key in sorted(request.given & asked.keys()):
+        if asked[key] != has[key]:
+            raise UsageError(
+                f"the machine {files.name} is suspended with {key} {has[key]} and cannot go on with {asked[key]}",
+                resolution=f"Leave that out; or give up what runs in it with `vmbuild down {files.name}`.",
+            )
+
+
+def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+    """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
+    spec = catalog.load_image(kept.facts.image)
+    found = store.find_digest(spec, kept.facts.image_digest, home.cache)
+    return found or fetch_image(replace(request, image=spec.name), home, report)
 
 
 def _start_making(key: str, request: MachineRequest, home: Home) -> None:
@@ -224,7 +271,10 @@ def _endpoint(files: MachineFiles) -> Endpoint:
 def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
     """Yield a session in a machine that runs already. Raises MachineError when it does not."""
     files = MachineFiles.at(home.state, name)
-    if lifetime.status(files).state != "running":
+    state = lifetime.status(files).state
+    if state == "suspended":
+        lifetime.check_alive(files)
+    if state != "running":
         raise MachineError(
             f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
         )

@@ -15,6 +15,7 @@ from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
 from vmbuild.machine import lifetime
+from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe
 from vmbuild.machine.qmp import Qmp
@@ -60,7 +61,7 @@ def test_start_ask_stop(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> N
     assert (now.state, now.disk_virtual_bytes) == ("paused", GIB)
     assert now.pid is not None and now.ssh_port is not None
     socket.create_connection(("127.0.0.1", now.ssh_port), 5).close()
-    facts = lifetime.load_facts(files)
+    facts = load_facts(files)
     with Qmp(files.qmp, Deadline.after(5)) as qmp:
         assert facts is not None and qmp.execute("query-uuid")["UUID"] == facts.uuid
         drives = {drive["inserted"]["node-name"]: drive["inserted"]["ro"] for drive in qmp.execute("query-block")}

@@ -15,7 +15,20 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "record"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
-MACHINE = {"files", "probe", "argv", "qmp", "serial", "control", "migration", "snapshot", "resources", "lifetime"}
+MACHINE = {
+    "files",
+    "probe",
+    "argv",
+    "qmp",
+    "serial",
+    "control",
+    "migration",
+    "facts",
+    "snapshot",
+    "suspension",
+    "resources",
+    "lifetime",
+}
 GUEST = {
     "session",
     "keys",
@@ -63,6 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     "machine.migration": GROUND | {"machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.snapshot": GROUND | {"machine.files", "machine.probe", "machine.argv"},
+    "machine.facts": GROUND | {"machine.files", "machine.probe", "machine.argv"},
+    "machine.suspension": GROUND | {f"machine.{name}" for name in ("files", "probe", "facts", "snapshot")},
     "machine.lifetime": GROUND | {"process"} | {f"machine.{name}" for name in MACHINE},
     "guest.session": GROUND,
     "guest.keys": GROUND,
@@ -89,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}
-    | {f"machine.{name}" for name in ("files", "lifetime", "serial", "resources")}
+    | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "stock": GROUND
     | {"start", "process", "image.catalog", "image.store"}

@@ -54,6 +54,16 @@ def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
         raise _unusable(cache, error) from error
 
 
+def find_digest(spec: ImageSpec, digest: str, cache: Path) -> GuestImage | None:
+    """Return a row's guest image of this digest, though another may be current; None when the cache has it not."""
+    try:
+        return _load(spec, cache, digest)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(cache, error) from error
+
+
 def verify(cache: Path) -> list[Check]:
     """Hash every file of every guest image again and compare it with its manifest."""
     return [_check(folder) for folder in sorted((cache / "images").glob("[!.]*/manifest.json"))]

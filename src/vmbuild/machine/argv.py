@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
@@ -69,6 +70,13 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
     if qemu.sandbox:
         argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     return argv
+
+
+def neutral_argv(spec: MachineSpec, qemu: Qemu) -> list[str]:
+    """Return the argv without what differs between places and tells the guest nothing: names, paths, host features."""
+    image = replace(spec.image, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
+    anywhere = replace(qemu, binary="", aio="", sandbox=False)
+    return qemu_argv(replace(spec, name="", image=image), anywhere, MachineFiles(Path()), "")
 
 
 def _accel(spec: MachineSpec, qemu: Qemu) -> str:

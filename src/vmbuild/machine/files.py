@@ -78,6 +78,11 @@ class MachineFiles:
         return self.folder / "suspended.json"
 
     @property
+    def memory(self) -> Path:
+        """The saved memory and devices of a suspended machine."""
+        return self.folder / "memory"
+
+    @property
     def qemu_log(self) -> Path:
         """What QEMU itself has to say."""
         return self.folder / "qemu.log"

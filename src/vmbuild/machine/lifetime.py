@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild import process
 from vmbuild.deadline import Deadline
-from vmbuild.errors import HostError, MachineError, UsageError, VmbuildError
+from vmbuild.errors import HostError, MachineError, SuspendedError, UsageError, VmbuildError
 from vmbuild.lock import hold
-from vmbuild.machine import control, migration, resources, serial
+from vmbuild.machine import control, migration, resources, serial, suspension
 from vmbuild.machine.argv import qemu_argv
+from vmbuild.machine.facts import Facts, describe, load_facts, write_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.qmp import Qmp
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, MachineSpec, MachineStatus, format_size
 from vmbuild.report import Reporter
-from vmbuild.whole import write_whole, writing_in
+from vmbuild.whole import writing_in
 
 START_S = 60.0
 """How long QEMU may take to open its monitor: it allocates and loads first."""
+
+LOAD_S = 600.0
+"""How long a saved memory may take to be read: it may be large, and the host's disk slow."""
 
 ROOM_BYTES = 64 * MIB
 """With less on the host's disk a machine that ran out of it would only stop again."""
@@ -40,19 +43,6 @@ QUIT_S = 5.0
 
 STATES = {"running": "running", "inmigrate": "restoring"}
 """What QEMU's run states (RunState in its qapi/run-state.json) are called here; all others are `paused`."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a machine was last started as; sizes in their units, time in POSIX seconds."""
-
-    uuid: str
-    cpus: int
-    memory_mib: int
-    disk_bytes: int
-    image: str
-    image_digest: str
-    started_at: float
 
 
 def lock(files: MachineFiles, report: Reporter) -> AbstractContextManager[None]:
@@ -89,12 +79,15 @@ def disk_size(files: MachineFiles) -> int:
 class Restore:
     """What a guest goes on from instead of booting: a file that `save` wrote, and the first order it then gets.
 
-    `check` raises when the file is not what was saved; it is asked before the guest runs.
+    `check` raises when the file is not what was saved; it is asked before the guest runs. `at_last` is called when
+    nothing can fail any more that could be tried again. `fast` tells how it was saved, None: as this QEMU would.
     """
 
     state: Path
     order: str
     check: Callable[[], None]
+    at_last: Callable[[], None] = lambda: None
+    fast: bool | None = None
 
 
 def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restore | None = None) -> None:
@@ -105,16 +98,8 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
     _clear_runtime(files)
     if files.console_log.exists():
         files.console_log.replace(files.console_log.with_suffix(".log.1"))
-    facts = Facts(
-        str(uuid.uuid4()),
-        spec.cpus,
-        spec.memory_mib,
-        disk_size(files),
-        spec.image.name,
-        spec.image.digest,
-        time.time(),
-    )
-    write_whole(files.facts, json.dumps(asdict(facts)).encode())
+    facts = describe(spec, qemu, disk_size(files))
+    write_facts(files, facts)
     argv = qemu_argv(spec, qemu, files, facts.uuid) + (["-incoming", "defer"] if restore else [])
     try:
         with ExitStack() as started:
@@ -123,16 +108,21 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
                 exit_code = started.enter_context(process.starting(argv, cwd=files.folder, log=files.qemu_log))
             _wait_for_answer(spec, files, argv, exit_code)
             if restore is not None:
-                _restore(files, restore, Deadline.after(START_S))
+                _load(files, restore, Deadline.after(LOAD_S))
     except BaseException:
         _clear_runtime(files)
         raise
+    if restore is not None:
+        restore.at_last()
+        with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+            qmp.execute("cont")
 
 
-def _restore(files: MachineFiles, restore: Restore, limit: Deadline) -> None:
+def _load(files: MachineFiles, restore: Restore, limit: Deadline) -> None:
     control.send(files, restore.order)  # before it runs: nobody may be there any more to say it afterwards
     with Qmp(files.qmp, limit) as qmp:
-        migration.load(qmp, restore.state, limit, restore.check)
+        migration.load(qmp, restore.state, limit, fast=restore.fast)
+        restore.check()
 
 
 def _wait_for_answer(
@@ -184,14 +174,6 @@ def _explain(spec: MachineSpec, argv: list[str], code: int | None, words: str) -
     )
 
 
-def load_facts(files: MachineFiles) -> Facts | None:
-    """Return what the machine was last started as, None when it never was."""
-    try:
-        return Facts(**json.loads(files.facts.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-
-
 def find_pid(files: MachineFiles, facts: Facts | None) -> int | None:
     """Return the id of the machine's QEMU: the process in its pid file, if it is ours and alive."""
     try:
@@ -205,11 +187,11 @@ def find_pid(files: MachineFiles, facts: Facts | None) -> int | None:
 def status(files: MachineFiles) -> MachineStatus:
     """Return what the machine is now.
 
-    `running`, `paused`, `restoring`, `stopped`, or `broken` (QEMU is there but silent).
+    `running`, `paused`, `restoring`, `suspended`, `stopped`, or `broken` (QEMU is there but silent).
     """
     facts = load_facts(files)
     pid = find_pid(files, facts)
-    answer = _ask(files) if pid is not None else Answer("stopped")
+    answer = _ask(files) if pid is not None else Answer("suspended" if files.suspension.exists() else "stopped")
     disk = files.disk.stat() if files.disk.exists() else None
     return MachineStatus(
         name=files.name,
@@ -266,13 +248,36 @@ def resume(files: MachineFiles) -> None:
     with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
         if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < ROOM_BYTES:
             raise _disk_full(files)
+        migration.give_up(qmp, Deadline.after(ANSWER_S))
+        suspension.discard(files)  # whoever suspended it was ended before QEMU was
         qmp.execute("cont")
 
 
-def save(files: MachineFiles, path: Path, deadline: Deadline) -> None:
-    """Pause the machine and write its memory and devices to a file. Raises MachineError or HostError."""
+def save(files: MachineFiles, path: Path, deadline: Deadline) -> bool:
+    """Pause the machine and write its memory and devices to a file; tell whether the fast way.
+
+    Raises MachineError or HostError.
+    """
     with Qmp(files.qmp, deadline) as qmp:
-        migration.save(qmp, path, deadline)
+        return migration.save(qmp, path, deadline)
+
+
+def suspend(files: MachineFiles, deadline: Deadline) -> Suspension:
+    """Save the machine beside its disk and end it. Whatever fails, it goes on. Raises MachineError or HostError."""
+    facts = load_facts(files)
+    check_alive(files)
+    assert facts is not None  # noqa: S101 - it is alive
+    try:
+        with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+            version = ".".join(str(qmp.execute("query-version")["qemu"][part]) for part in ("major", "minor", "micro"))
+        fast = save(files, files.memory, deadline)
+        made = suspension.publish(files, facts, version, fast=fast)
+    except BaseException:
+        with suppress(VmbuildError):
+            resume(files)
+        raise
+    stop(files, Deadline.after(0))
+    return made
 
 
 def check_running(files: MachineFiles) -> None:
@@ -293,6 +298,11 @@ def _disk_full(files: MachineFiles) -> HostError:
 def check_alive(files: MachineFiles) -> None:
     """Raise MachineError with the console's last lines when the machine's QEMU is gone."""
     if find_pid(files, load_facts(files)) is None:
+        if files.suspension.exists():
+            raise SuspendedError(
+                f"the machine {files.name} is suspended",
+                resolution=f"`vmbuild up --name {files.name}` goes on with it; `vmbuild attach` shows a build in it.",
+            )
         raise MachineError(
             f"the machine {files.name} is not running",
             details=serial.tail(files.console_log),

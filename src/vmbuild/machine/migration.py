@@ -6,7 +6,6 @@ Source: QEMU, docs/devel/migration/mapped-ram.rst and qapi/migration.json.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from vmbuild.deadline import Deadline
@@ -22,54 +21,68 @@ NO_LIMIT = 1 << 40
 FAST = ("mapped-ram", "multifd")
 """Each page at its own place in a sparse file, many at a time (QEMU 9.0). Without: one plain stream."""
 
+NEWER = "Install QEMU 9.0 or newer."
 
-def save(qmp: Qmp, path: Path, deadline: Deadline) -> None:
-    """Pause the machine and write its state to a file. It stays paused, and goes on with `cont`.
+UNDER_WAY = ("setup", "active", "device", "pre-switchover", "cancelling")
+"""The states (MigrationStatus in qapi/migration.json) of a saving that has not ended."""
+
+
+def save(qmp: Qmp, path: Path, deadline: Deadline) -> bool:
+    """Pause the machine and write its state to a file; tell whether the fast way. It stays paused until `cont`.
 
     Raises MachineError when QEMU cannot, HostError when the file cannot be written.
     """
     qmp.execute("stop")
-    is_fast = _prepare(qmp)
-    _go(qmp, "migrate", path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, is_fast)
+    fast = _prepare(qmp)
+    _go(qmp, "migrate", path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, fast)
     _wait(qmp, deadline, "saved")
+    return fast
 
 
-def load(qmp: Qmp, path: Path, deadline: Deadline, check: Callable[[], None]) -> None:
-    """Give a machine that was started with `-incoming defer` the state in a file, and let it go on.
+def load(qmp: Qmp, path: Path, deadline: Deadline, *, fast: bool | None) -> None:
+    """Give a machine that was started with `-incoming defer` the state in a file. It goes on with `cont`.
 
-    `check` is asked before it does, and raises when the state is not to be trusted. Raises MachineError when
-    the state does not fit, is damaged, or is not there.
+    `fast` tells how it was saved; None: as this QEMU would. Raises MachineError when the state does not fit, is
+    damaged, or is not there.
     """
-    is_fast = _prepare(qmp)
+    fast = _prepare(qmp, fast)
     try:
-        _go(qmp, "migrate-incoming", path, os.O_RDONLY, is_fast)
+        _go(qmp, "migrate-incoming", path, os.O_RDONLY, fast)
     except HostError as error:
         raise MachineError(error.brief) from error
     _wait(qmp, deadline, "restored")
-    check()
-    qmp.execute("cont")
 
 
-def _prepare(qmp: Qmp) -> bool:
-    """Set QEMU's migration up; tell whether it has the fast way."""
+def give_up(qmp: Qmp, deadline: Deadline) -> None:
+    """End a saving that nobody waits for any more, so that the machine may go on. Harmless when there is none."""
+    while qmp.execute("query-migrate").get("status", "none") in UNDER_WAY and not deadline.passed:
+        qmp.execute("migrate_cancel")
+        deadline.sleep(0.05)
+
+
+def _prepare(qmp: Qmp, fast: bool | None = None) -> bool:
+    """Set QEMU's migration up, the fast way where it has it and nothing else is wanted; tell which way."""
     known = {each["capability"] for each in qmp.execute("query-migrate-capabilities")}
-    is_fast = known.issuperset(FAST)
-    if is_fast:
+    if fast and not known.issuperset(FAST):
+        raise MachineError("the state was saved by a newer QEMU: this one has no mapped-ram", resolution=NEWER)
+    if fast is None:
+        fast = known.issuperset(FAST)
+    if fast:
         capabilities = [{"capability": name, "state": True} for name in FAST]
         qmp.execute("migrate-set-capabilities", capabilities=capabilities)
         qmp.execute("migrate-set-parameters", **{"multifd-channels": CHANNELS})
     qmp.execute("migrate-set-parameters", **{"max-bandwidth": NO_LIMIT})
-    return is_fast
+    return fast
 
 
-def _go(qmp: Qmp, command: str, path: Path, flags: int, is_fast: bool) -> None:
+def _go(qmp: Qmp, command: str, path: Path, flags: int, fast: bool) -> None:
     """Start. Only the fast way takes a file's name in every QEMU that has it; an open file goes with all."""
     try:
         handle = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise HostError(f"cannot open {path}: {error.strerror}") from error
     try:
-        if is_fast:
+        if fast:
             qmp.execute(command, uri=f"file:{path}")
         else:
             qmp.send_file("state", handle)

@@ -23,6 +23,8 @@ BINARIES = {Arch.ARM64: "qemu-system-aarch64", Arch.ARMHF: "qemu-system-arm"}
 HOST_MACHINES = {Arch.ARM64: ("aarch64", "arm64"), Arch.ARMHF: ("armv7l",)}
 PROBE_S = 30.0
 
+_VERSIONED = re.compile(r"-\d+\.\d+$")
+
 KERNEL_RULES = (Path("/proc/sys/kernel/io_uring_disabled"), Path("/proc/self/status"))
 """Where Linux says whether io_uring and system calls are restricted (sysctl io_uring_disabled, line Seccomp)."""
 
@@ -45,8 +47,10 @@ class Qemu:
         """Return the newest versioned machine type of a family, such as `virt-10.0` of `virt`.
 
         A versioned type restores across QEMU versions, the bare family does not promise to (QEMU's documentation).
-        Raises HostError when the binary has none.
+        A versioned type is its own newest. Raises HostError when the binary has none.
         """
+        if family in self.machine_types and _VERSIONED.search(family):
+            return family
         pattern = re.compile(re.escape(family) + r"-(\d+)\.(\d+)")
         found = [(tuple(map(int, m.groups())), name) for name in self.machine_types if (m := pattern.fullmatch(name))]
         if not found:

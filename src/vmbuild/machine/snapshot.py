@@ -13,11 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmbuild.lock import is_free
-from vmbuild.machine.argv import qemu_argv
+from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import MIB, Freed, MachineSpec
@@ -53,9 +53,8 @@ class Snapshot:
 def shape_key(spec: MachineSpec, qemu: Qemu) -> str:
     """Return what names the shape of a machine, whatever its name, disk and place in the file system."""
     facts = Path(qemu.binary).stat()
-    image = replace(spec.image, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
-    argv = qemu_argv(replace(spec, name="", image=image), qemu, MachineFiles(Path()), "")
-    shape = [FORMAT, facts.st_size, facts.st_mtime_ns, spec.image.digest, argv]
+    binary = [qemu.binary, facts.st_size, facts.st_mtime_ns]
+    shape = [FORMAT, binary, spec.image.digest, neutral_argv(spec, qemu)]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 
 

@@ -15,6 +15,7 @@ from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, UsageError
 from vmbuild.machine import lifetime
+from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import GIB, format_size
 from vmbuild.report import SilentReporter
@@ -140,7 +141,7 @@ def test_a_qemu_that_never_answers_is_ended(files: MachineFiles, monkeypatch: py
     with pytest.raises(MachineError, match="QEMU did not start") as caught:
         start(files)
     assert "did not answer in time" in caught.value.details
-    facts = lifetime.load_facts(files)
+    facts = load_facts(files)
     assert facts is not None
     assert facts.uuid not in process.run(["ps", "-ww", "-A", "-o", "args="]).decode()
 
@@ -195,7 +196,7 @@ def test_interrupted_before_qemu_has_a_pid_file_it_is_ended(
     monkeypatch.setattr(lifetime, "_answers", interrupt)
     with pytest.raises(KeyboardInterrupt):
         start(files)
-    facts = lifetime.load_facts(files)
+    facts = load_facts(files)
     assert facts is not None
     assert facts.uuid not in process.run(["ps", "-ww", "-A", "-o", "args="]).decode()
     assert lifetime.status(files).state == "stopped"
