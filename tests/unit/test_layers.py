@@ -15,7 +15,21 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
-MACHINE = {"files", "probe", "argv", "qmp", "serial", "control", "migration", "snapshot", "resources", "lifetime"}
+MACHINE = {
+    "files",
+    "probe",
+    "argv",
+    "qmp",
+    "serial",
+    "control",
+    "migration",
+    "snapshot",
+    "sparse",
+    "sealed",
+    "bundle",
+    "resources",
+    "lifetime",
+}
 GUEST = {
     "session",
     "keys",
@@ -60,7 +74,10 @@ ALLOWED: dict[str, set[str]] = {
     "machine.control": GROUND | {"machine.files"},
     "machine.migration": GROUND | {"machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
-    "machine.snapshot": GROUND | {"machine.files", "machine.probe", "machine.argv"},
+    "machine.sparse": GROUND,
+    "machine.sealed": GROUND,
+    "machine.bundle": GROUND | {"machine.sparse", "machine.sealed"},
+    "machine.snapshot": GROUND | {"machine.files", "machine.probe", "machine.argv", "machine.sparse"},
     "machine.lifetime": GROUND | {"process"} | {f"machine.{name}" for name in MACHINE},
     "guest.session": GROUND,
     "guest.keys": GROUND,
