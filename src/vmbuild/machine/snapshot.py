@@ -20,7 +20,8 @@ from vmbuild.lock import is_free
 from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.model import MIB, Freed, MachineSpec
+from vmbuild.machine.sparse import PIECE_BYTES, is_zero, piece_places
+from vmbuild.model import Freed, MachineSpec
 from vmbuild.whole import write_whole, writing_in
 
 TRY_AGAIN_S = 24 * 3600.0
@@ -53,7 +54,7 @@ class Snapshot:
 def shape_key(spec: MachineSpec, qemu: Qemu) -> str:
     """Return what names the shape of a machine, whatever its name, disk and place in the file system."""
     facts = Path(qemu.binary).stat()
-    binary = [qemu.binary, facts.st_size, facts.st_mtime_ns]
+    binary = [qemu.binary, facts.st_size, facts.st_mtime_ns, qemu.aio, qemu.sandbox]
     shape = [FORMAT, binary, spec.image.digest, neutral_argv(spec, qemu)]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 
@@ -187,18 +188,11 @@ def sparse_digest(path: Path) -> str:
     The same whether a copy has kept the holes or not, and as quick as there is little in the file.
     """
     digest = hashlib.sha256()
-    zeros = bytes(MIB)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(size.to_bytes(8, "little"))
-        at = 0
-        while at < size:
-            try:
-                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // MIB * MIB
-            except OSError:  # ENXIO: nothing but a hole up to the end
-                break
-            data = os.pread(file.fileno(), MIB, at)
-            if data != zeros[: len(data)]:
-                digest.update(at.to_bytes(8, "little") + data)
-            at += MIB
+        for at in piece_places(file.fileno(), size):
+            piece = os.pread(file.fileno(), PIECE_BYTES, at)
+            if not is_zero(piece):
+                digest.update(at.to_bytes(8, "little") + piece)
     return digest.hexdigest()
