@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from vmbuild.model import MIB, BuildRequest, BuildResult, MachineStatus, format_
 from vmbuild.settings import Settings, machine_options
 
 if TYPE_CHECKING:
+    from vmbuild.guard import Limits
     from vmbuild.machine.snapshot import Snapshot
     from vmbuild.ui import TerminalReporter
 
@@ -29,6 +31,10 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 start_options = machine_options(*s.COMMAND_LINE)
 name_option = machine_options("name")
+limit_options = machine_options(*s.BUILD_LIMITS)
+suspend_to_option = click.option(
+    "--suspend-to", metavar="FILE|DIR", help="Where the bundle goes that --time-limit makes; without: stay here."
+)
 name_argument = click.argument("positional", metavar="[NAME]", required=False)
 
 
@@ -108,13 +114,15 @@ def up(as_json: bool, **flags: Any) -> None:
 @click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
+@limit_options
+@suspend_to_option
 @start_options
 @as_json
-def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> None:
+def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | None, **flags: Any) -> None:
     """Build a container image in the machine, starting it when it does not run."""
-    from vmbuild import build
-    from vmbuild.follow import Watch
+    from vmbuild import build, carry
 
+    begun = time.monotonic()
     job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
     job = {key: flags.pop(key) for key in job_keys}
     _check_job(job, as_json)
@@ -127,14 +135,33 @@ def build_command(as_json: bool, quiet: bool, progress: str, **flags: Any) -> No
         quiet=quiet,
     )
     is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
+    reporter = _reporter(quiet=quiet or is_pure)
+    limits = _limits(found, suspend_to, begun)
     with _standard_input() as stdin:
-        result = build.build(
-            *(found.as_request(), request, found.home(), _reporter(quiet=quiet or is_pure)),
-            stdin=stdin,
-            stdout=sys.stdout.buffer,
-            watch=Watch(),
+        arguments = (found.as_request(), request, found.home(), reporter)
+        result = carry.within(
+            *(limits, found["name"], found.home(), reporter),
+            lambda guard: build.build(*arguments, stdin=stdin, stdout=sys.stdout.buffer, watch=guard),
         )
     _show_result(result, as_json=as_json, quiet=quiet, silent=is_pure)
+
+
+def _limits(found: Settings, suspend_to: str | None, begun: float) -> Limits:
+    """Return what a build may cost that was asked for at `begun`, on the monotonic clock."""
+    from vmbuild import carry
+    from vmbuild.guard import Limits
+
+    seconds = found["time_limit"]
+    if suspend_to is not None and seconds is None:
+        raise UsageError("--suspend-to says where, but nothing says when", resolution="Add --time-limit, such as 45m.")
+    limits = Limits(
+        ends_at=None if seconds is None else begun + seconds,
+        reserve_s=found["reserve"],
+        suspend_to=carry.bundle_place(suspend_to, found["name"]) if suspend_to else None,
+        stall_timeout_s=found["stall_timeout"],
+    )
+    carry.check_limits(limits, seconds)
+    return limits
 
 
 def _show_result(result: BuildResult, *, as_json: bool, quiet: bool, silent: bool) -> None:
@@ -153,19 +180,50 @@ def _show_result(result: BuildResult, *, as_json: bool, quiet: bool, silent: boo
 @name_argument
 @name_option
 @click.option("--build", "build_id", metavar="ID", help="Which build, where several run.")
+@limit_options
+@suspend_to_option
 @as_json
-def attach(positional: str | None, build_id: str | None, as_json: bool, **flags: Any) -> None:
+def attach(positional: str | None, build_id: str | None, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
     """Show a build that runs in the machine, whatever became of its command, and finish it as that would have."""
-    from vmbuild import follow, ui
+    from vmbuild import carry, follow
 
+    begun = time.monotonic()
     found = _settings(flags, positional)
-    result = follow.attach(
-        found["name"], build_id, found.home(), _reporter(), stdout=sys.stdout.buffer, watch=follow.Watch()
+    reporter = _reporter()
+    arguments = (found["name"], build_id, found.home(), reporter)
+    result = carry.within(
+        *(_limits(found, suspend_to, begun), found["name"], found.home(), reporter),
+        lambda guard: follow.attach(*arguments, stdout=sys.stdout.buffer, watch=guard),
     )
-    if result is None:
-        ui.say("The build has ended.")
-    else:
+    _show_end(result, as_json=as_json)
+
+
+@app.command()
+@click.argument("bundle", metavar="FILE|DIR", type=click.Path(path_type=Path))
+@machine_options("name", "timeout", "mirror", "security_mirror")
+@limit_options
+@suspend_to_option
+@as_json
+def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
+    """Go on with the machine in a bundle, and finish the build in it as its command would have."""
+    from vmbuild import carry
+
+    begun = time.monotonic()
+    found = _settings(flags)
+    limits = _limits(found, suspend_to, begun)
+    result = carry.resume(bundle, found.as_request(), limits, found.home(), _reporter(), stdout=sys.stdout.buffer)
+    _show_end(result, as_json=as_json)
+
+
+def _show_end(result: BuildResult | None, *, as_json: bool) -> None:
+    from vmbuild import ui
+
+    if result is not None:
         _show_result(result, as_json=as_json, quiet=False, silent=False)
+    elif as_json:
+        ui.print_json(None)
+    else:
+        ui.say("No build is left in it to finish.")
 
 
 def _standard_input() -> BinaryIO:
@@ -365,17 +423,20 @@ def down(positional: str | None, **flags: Any) -> None:
 @app.command()
 @name_argument
 @name_option
+@click.option("--to", metavar="FILE|DIR", help="Make a bundle too, for `vmbuild resume` on another host.")
 @as_json
-def suspend(positional: str | None, as_json: bool, **flags: Any) -> None:
+def suspend(positional: str | None, to: str | None, as_json: bool, **flags: Any) -> None:
     """Save the machine as it is, a build in it or not, and free its CPUs and memory; `up` goes on with it."""
-    from vmbuild import operate, ui
+    from vmbuild import carry, ui
 
     found = _settings(flags, positional)
-    saved = operate.suspend(found["name"], found.home(), _reporter())
+    target = carry.bundle_place(to, found["name"]) if to else None
+    saved = carry.suspend(found["name"], target, found.home(), _reporter())
     if as_json:
         ui.print_json(saved)
     else:
-        ui.say(f"The machine {found['name']} is suspended ({format_size(saved.size_bytes)}); `vmbuild up` goes on.")
+        size = format_size(saved.size_bytes)
+        ui.say(f"The machine {found['name']} is suspended ({size}); `vmbuild up` goes on with it.")
 
 
 @app.command()

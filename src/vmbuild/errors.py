@@ -68,6 +68,10 @@ class BuildError(VmbuildError):
     meaning = "the build failed: a step of the Dockerfile did"
 
 
+class StalledError(BuildError):
+    """The build stands still: it says nothing, and its machine does nothing."""
+
+
 class SuspendedError(VmbuildError):
     """The machine was suspended, and what ran in it can be continued."""
 

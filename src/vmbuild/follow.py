@@ -18,16 +18,17 @@ from vmbuild.errors import (
     GuestError,
     HungUp,
     MachineError,
+    StalledError,
     SuspendedError,
     TimeIsUp,
     UsageError,
     VmbuildError,
 )
 from vmbuild.guest import archive, docker, job, oom, resources
-from vmbuild.guest.session import ConnectionLostError, Session
+from vmbuild.guest.session import ConnectionLostError, Session, capture
 from vmbuild.image import base as base_image
 from vmbuild.lock import attempt, hold
-from vmbuild.machine import lifetime
+from vmbuild.machine import lifetime, serial
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import MIB, BuildResult, Home, MachineStatus, format_size
 from vmbuild.record import BuildRecord
@@ -144,7 +145,7 @@ def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, wa
     archive.check_output(asked.output_place)
     with archive.open_output(asked.output_place, stdout) as out:
         report.step("Building")
-        with _explaining_memory(running):
+        with _explaining_memory(running), _explaining_stall(running):
             _follow(running, report, watch)
         image_id, metadata = docker.image_id(session, running.work)
         if asked.output is not None:
@@ -186,6 +187,19 @@ def _reconnect(session: Session) -> None:
             if limit.passed:
                 raise
             limit.sleep(0.5)
+
+
+@contextmanager
+def _explaining_stall(running: Running) -> Iterator[None]:
+    """Say of a build that stands still what its guest does, and said last."""
+    try:
+        yield
+    except StalledError as error:
+        processes = "The guest cannot be asked what it does."
+        with suppress(GuestError, MachineError):
+            processes = capture(running.session, ["ps", "-o", "pid,ppid,stat,time,args"], deadline=Deadline.after(30))
+        last = serial.tail(running.files.console_log)
+        raise BuildError(error.brief, details=f"{processes}\n{last}", resolution=error.resolution) from error
 
 
 @contextmanager

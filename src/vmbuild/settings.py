@@ -85,6 +85,10 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
+def _parse_limit(text: str) -> float | None:
+    return None if text.lower() in ("off", "none") else _parse_seconds(text)
+
+
 def _parse_switch(text: str) -> bool:
     words = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
     if text.lower() not in words:
@@ -115,6 +119,10 @@ def _host_memory() -> str:
     return f"{max(512, min(4096, half // MIB))}M"
 
 
+def _off() -> str:
+    return "off"
+
+
 SETTINGS = (
     Setting("name", "NAME", "The machine's name.", lambda: "default", "default", str),
     Setting("cpus", "N", "Virtual CPUs of the machine.", _host_cpus, "all of the host's", _parse_cpus),
@@ -122,6 +130,9 @@ SETTINGS = (
     Setting("disk", "SIZE", "Disk of the machine, sparse; can grow, never shrink.", lambda: "40G", "40G", _parse_disk),
     Setting("image", "IMAGE", "Guest image.", lambda: "debian-13-arm64", "debian-13-arm64", str),
     Setting("timeout", "TIME", "How long to wait until Docker answers.", lambda: "300s", "300s", _parse_seconds),
+    Setting("time_limit", "TIME", "Suspend the machine before a build has taken so long.", _off, "off", _parse_limit),
+    Setting("reserve", "TIME", "Kept of that beyond what suspending takes.", lambda: "60s", "60s", _parse_seconds),
+    Setting("stall_timeout", "TIME", "End a build that does nothing for so long.", lambda: "1h", "1h", _parse_limit),
     Setting(
         *("snapshots", "on/off", "Start machines from a snapshot, made once in the background.", lambda: "on", "on"),
         _parse_switch,
@@ -266,10 +277,13 @@ def settings_table() -> str:
     """Return the settings as a Markdown table."""
     rows = ["| flag | environment | key | default | what |", "|---|---|---|---|---|"]
     for setting in SETTINGS:
-        flag = f"`{setting.flag} {setting.metavar}`" if setting.key in COMMAND_LINE else "-"
+        flag = f"`{setting.flag} {setting.metavar}`" if setting.key in COMMAND_LINE + BUILD_LIMITS else "-"
         rows.append(f"| {flag} | `{setting.env}` | `{setting.key}` | {setting.default_text} | {setting.help} |")
     return "\n".join(rows)
 
+
+BUILD_LIMITS = ("time_limit", "reserve", "stall_timeout")
+"""The settings that are options of the commands that follow a build."""
 
 COMMAND_LINE = ("name", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror")
 """The settings that are options of `up`, `build` and `base`."""
@@ -279,6 +293,8 @@ def show(value: Value, key: str) -> str:
     """Return a value as people read it, and write it."""
     if isinstance(value.value, bool):
         return "on" if value.value else "off"
-    if key == "timeout":
+    if value.value is None:
+        return "off"
+    if isinstance(value.value, float):
         return f"{value.value:g}s"
     return format_size(value.value) if key in ("memory", "disk") else str(value.value)

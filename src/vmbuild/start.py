@@ -165,8 +165,8 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
 
     Raises UsageError when it is asked to be another, MachineError when this host cannot go on with it.
     """
-    _refuse_differences(kept, request, files)
-    image = _image_of(kept, request, home, report)
+    suspension.refuse_differences(kept, request)
+    image = image_of(kept, request, home, report)
     qemu = probe(image.arch, home.cache)
     spec = suspension.fit(kept, MachineSpec(files.name, request.cpus, request.memory_mib, 0, image), qemu)
     write_seed(files, f"vmbuild-{files.name}", seed.proxies(os.environ))
@@ -180,20 +180,7 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     return _wait_awake(files, Deadline.after(request.timeout_s), report)
 
 
-def _refuse_differences(kept: Suspension, request: MachineRequest, files: MachineFiles) -> None:
-    """Refuse to make another machine of a suspended one: its guest knows what it had."""
-    facts = kept.facts
-    asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
-    has = {"cpus": facts.cpus, "memory": facts.memory_mib, "image": facts.image}
-    for key in sorted(request.given & asked.keys()):
-        if asked[key] != has[key]:
-            raise UsageError(
-                f"the machine {files.name} is suspended with {key} {has[key]} and cannot go on with {asked[key]}",
-                resolution=f"Leave that out; or give up what runs in it with `vmbuild down {files.name}`.",
-            )
-
-
-def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+def image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
     spec = catalog.load_image(kept.facts.image)
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)

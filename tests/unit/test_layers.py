@@ -103,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
-    | {"start", "image.base", "machine.files", "machine.lifetime"}
+    | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
     | {"start", "follow", "image.base", "image.catalog", "machine.files"}
@@ -112,13 +112,30 @@ ALLOWED: dict[str, set[str]] = {
     | {"start"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
+    "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
+    "carry": GROUND
+    | {"start", "operate", "follow", "guard"}
+    | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "probe", "suspension")},
     "stock": GROUND
     | {"start", "process", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
-    "cli": GROUND | {"settings", "ui", "build", "follow", "start", "operate", "stock", "doctor", "machine.snapshot"},
+    "cli": GROUND
+    | {
+        "settings",
+        "ui",
+        "build",
+        "follow",
+        "guard",
+        "carry",
+        "start",
+        "operate",
+        "stock",
+        "doctor",
+        "machine.snapshot",
+    },
     "__main__": {"cli"},
 }
 

@@ -75,6 +75,19 @@ def disk_size(files: MachineFiles) -> int:
         return int.from_bytes(disk.read(32)[24:32], "big")
 
 
+def check_disk(files: MachineFiles) -> None:
+    """See that a disk from elsewhere is a qcow2 that leads to no other file of this host. Raises MachineError.
+
+    Source: QEMU, docs/interop/qcow2.txt, "Header".
+    """
+    with files.disk.open("rb") as disk:
+        header = disk.read(80).ljust(80, b"\0")
+    version, backing, features = (int.from_bytes(header[at : at + 8], "big") for at in (0, 8, 72))
+    has_data_file = version & 0xFFFFFFFF >= 3 and features & 4
+    if header[:4] != b"QFI\xfb" or backing or has_data_file:
+        raise MachineError("the disk in the bundle is not one that vmbuild makes", details=header[:16].hex())
+
+
 @dataclass(frozen=True)
 class Restore:
     """What a guest goes on from instead of booting: a file that `save` wrote, and the first order it then gets.

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vmbuild.errors import HostError, MachineError
+from vmbuild.errors import HostError, MachineError, UsageError
 from vmbuild.machine.facts import Facts, hardware
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.snapshot import sparse_digest
-from vmbuild.model import MachineSpec
+from vmbuild.model import MachineRequest, MachineSpec
 from vmbuild.whole import write_whole, writing_in
 
 
@@ -83,6 +83,19 @@ def check(files: MachineFiles, suspension: Suspension) -> None:
         raise _unusable(files, str(error)) from error
     if digest != suspension.digest:
         raise _unusable(files, f"{files.memory} was changed since it was saved")
+
+
+def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:
+    """Refuse to make another machine of a suspended one, whose guest knows what it had. Raises UsageError."""
+    facts = suspension.facts
+    asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
+    has = {"cpus": facts.cpus, "memory": facts.memory_mib, "image": facts.image}
+    for key in sorted(request.given & asked.keys()):
+        if asked[key] != has[key]:
+            raise UsageError(
+                f"the machine {request.name} is suspended with {key} {has[key]} and cannot go on with {asked[key]}",
+                resolution=f"Leave that out; or give up what runs in it with `vmbuild down {request.name}`.",
+            )
 
 
 def fit(suspension: Suspension, spec: MachineSpec, qemu: Qemu) -> MachineSpec:

@@ -1,0 +1,200 @@
+"""The recipe of a suspended machine that is carried to another host: packed as a bundle, unpacked, gone on with."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from vmbuild import follow, operate, record
+from vmbuild.errors import HostError, MachineError, SuspendedError, TimeIsUp, UsageError
+from vmbuild.guard import Guard, Limits
+from vmbuild.machine import bundle, facts, lifetime, suspension
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import probe
+from vmbuild.machine.suspension import Suspension
+from vmbuild.model import BuildResult, Home, MachineRequest, MachineSpec
+from vmbuild.record import BuildRecord
+from vmbuild.report import Reporter
+from vmbuild.start import existing, image_of, open_session
+from vmbuild.whole import writing_in
+
+T = TypeVar("T")
+SUFFIX = ".vmbundle"
+
+
+def check_limits(limits: Limits, seconds_left: float) -> None:
+    """See that a bundle can be written, and that there is time for more than that. Raises UsageError."""
+    if limits.ends_at is None:
+        return
+    if seconds_left <= limits.reserve_s:
+        raise UsageError(
+            f"the time limit leaves nothing for the build: {limits.reserve_s:.0f} s are kept to suspend it",
+            resolution="Give a longer --time-limit, or a shorter --reserve.",
+        )
+    if limits.suspend_to is not None and not limits.suspend_to.parent.is_dir():
+        raise UsageError(
+            f"cannot write a bundle to {limits.suspend_to}", resolution="Name a file or a folder that exists."
+        )
+
+
+def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callable[[Guard], T]) -> T:
+    """Do a build's work within its limits. Raises SuspendedError when the time is up and it was suspended instead."""
+    try:
+        return work(Guard(limits, MachineFiles.at(home.state, name)))
+    except TimeIsUp:
+        report.step("The time is up")
+    suspend(name, limits.suspend_to, home, report)
+    if limits.suspend_to is None:
+        raise SuspendedError(
+            f"the build is suspended in the machine {name}",
+            resolution=f"`vmbuild up --name {name}` goes on with it, `vmbuild attach {name}` finishes it.",
+        )
+    raise SuspendedError(
+        f"the build is suspended in {limits.suspend_to}",
+        resolution=f"`vmbuild resume {limits.suspend_to}` goes on with it, here or on another host.",
+    )
+
+
+def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Suspension:
+    """Suspend a machine, and pack it as a bundle if a place for one is given. Raises MachineError or HostError."""
+    saved = operate.suspend(name, home, report)
+    if target is not None:
+        files = existing(name, home)
+        with lifetime.lock(files, report):
+            report.step(f"Packing the machine {name}")
+            _pack(files, saved, target, report)
+    return saved
+
+
+def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
+    """Pack a suspended machine. Its keys stay at home, and so does where its builds were asked for."""
+    builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
+    parts = {"memory": files.memory, "disk": files.disk}
+    about = {"name": files.name, "suspension": asdict(saved), "builds": builds}
+    with report.meter("pack", sum(map(bundle.data_bytes, parts.values()))) as meter:
+        try:
+            bundle.pack(target, about, parts, meter)
+        except HostError as error:
+            raise HostError(
+                error.brief,
+                details=error.details,
+                resolution=f"Nothing is lost: {files.name} stays suspended here, `vmbuild up` goes on with it.",
+            ) from error
+
+
+def bundle_place(text: str, name: str) -> Path:
+    """Return the file that a bundle of a machine is written to, for a file or a folder."""
+    path = Path(text).expanduser()
+    return path / f"{name}{SUFFIX}" if path.is_dir() or text.endswith("/") else path
+
+
+def resume(
+    path: Path, request: MachineRequest, limits: Limits, home: Home, report: Reporter, *, stdout: BinaryIO
+) -> BuildResult | None:
+    """Go on with the machine in a bundle, and finish the build in it as its command would have.
+
+    Returns None for a machine in which no build runs. Raises MachineError for a bundle that is damaged or that this
+    host cannot go on with, UsageError where there is a machine by its name.
+    """
+    path = _find_bundle(path)
+    about = _About.read(path)
+    request = replace(request, name=request.name if "name" in request.given else about.name)
+    files = MachineFiles.at(home.state, request.name)
+    with lifetime.lock(files, report):
+        if not _is_here(files, about):
+            _check(about, request, home, report)
+            _unpack(path, about, files, report)
+    with open_session(request, home, report):
+        pass
+    if not about.builds:
+        return None
+
+    def finish(guard: Guard) -> BuildResult | None:
+        build_id = about.builds[-1].id
+        return follow.attach(request.name, build_id, home, report, stdout=stdout, watch=guard)
+
+    return within(limits, request.name, home, report, finish)
+
+
+def _find_bundle(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) == 1:
+        return found[0]
+    raise UsageError(
+        f"{path} holds {len(found)} bundles", details="\n".join(map(str, found)), resolution="Name the bundle itself."
+    )
+
+
+class _About:
+    """What a bundle says of itself."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.name = str(data["name"])
+        self.suspension = Suspension.from_data(data["suspension"])
+        cwd = str(Path.cwd())
+        self.builds = [replace(BuildRecord.from_data(each), cwd=cwd) for each in data["builds"]]
+
+    @classmethod
+    def read(cls, path: Path) -> _About:
+        try:
+            return cls(bundle.read_facts(path))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise MachineError(f"the bundle {path} makes no sense to this vmbuild", details=repr(error)) from error
+
+
+def _is_here(files: MachineFiles, about: _About) -> bool:
+    """Tell whether the machine of the bundle is still suspended here. Raises UsageError for another of that name."""
+    if not files.folder.exists():
+        return False
+    if lifetime.status(files).state == "suspended" and suspension.find(files) == about.suspension:
+        return True
+    raise UsageError(
+        f"there is a machine named {files.name} already",
+        resolution=f"Give the one in the bundle another name with --name, or `vmbuild destroy {files.name}` first.",
+    )
+
+
+def _check(about: _About, request: MachineRequest, home: Home, report: Reporter) -> None:
+    """See that this host can go on with a bundle, before gigabytes are unpacked."""
+    image = image_of(about.suspension, request, home, report)
+    suspension.refuse_differences(about.suspension, request)
+    spec = MachineSpec(request.name, request.cpus, request.memory_mib, 0, image)
+    suspension.fit(about.suspension, spec, probe(image.arch, home.cache))
+
+
+def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) -> None:
+    """Make a machine of a bundle: whole, or not at all."""
+    report.step(f"Unpacking {path}")
+    with _beside(files) as made:
+        with report.meter("unpack", None) as meter:
+            bundle.unpack(path, made.folder, meter)
+        (made.folder / "disk").replace(made.disk)
+        lifetime.check_disk(made)
+        suspension.check(made, about.suspension)
+        facts.write_facts(made, about.suspension.facts)
+        for each in about.builds:
+            record.save(made.builds, each)
+        suspension.write_note(made, about.suspension)
+        with writing_in(files.folder.parent):
+            made.folder.replace(files.folder)
+
+
+@contextmanager
+def _beside(files: MachineFiles) -> Iterator[MachineFiles]:
+    """Yield the files of a machine that has no name yet; what is left of an earlier one like it goes."""
+    parent = files.folder.parent
+    with writing_in(parent):
+        for left in parent.glob(f".{files.name}~*"):
+            shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{files.name}~", dir=parent))
+    try:
+        yield MachineFiles(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
