@@ -73,6 +73,11 @@ class MachineFiles:
         return self.folder / "console.log"
 
     @property
+    def suspension(self) -> Path:
+        """What a suspended machine goes on from, JSON; there is none for one that runs or was stopped."""
+        return self.folder / "suspended.json"
+
+    @property
     def qemu_log(self) -> Path:
         """What QEMU itself has to say."""
         return self.folder / "qemu.log"

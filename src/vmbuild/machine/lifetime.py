@@ -333,5 +333,9 @@ def destroy(files: MachineFiles) -> None:
 
 def list_machines(state: Path) -> list[MachineStatus]:
     """Return what every machine of a state folder is now, by name."""
-    folders = [path for path in (state / "machines").glob("*") if path.is_dir() and not path.name.startswith(".")]
-    return [status(MachineFiles(folder)) for folder in sorted(folders)]
+    return [status(files) for files in find_machines(state)]
+
+
+def find_machines(state: Path) -> list[MachineFiles]:
+    """Return the files of every machine of a state folder, by name."""
+    return [MachineFiles(path) for path in sorted((state / "machines").glob("[!.]*")) if path.is_dir()]
