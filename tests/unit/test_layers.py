@@ -85,13 +85,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"start"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
+    "watch": GROUND | {"start", "process", "guest.resources", "guest.session", "machine.files", "machine.lifetime"},
     "stock": GROUND
     | {"start", "process", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
-    "cli": GROUND | {"settings", "ui", "build", "start", "operate", "stock", "doctor", "machine.snapshot"},
+    "cli": GROUND | {"settings", "ui", "build", "start", "operate", "watch", "stock", "doctor", "machine.snapshot"},
     "__main__": {"cli"},
 }
 
