@@ -176,7 +176,7 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
         with report.meter("unpack", None) as meter:
             bundle.unpack(path, made.folder, meter)
         (made.folder / "disk").replace(made.disk)
-        lifetime.check_disk(made)
+        lifetime.check_foreign_disk(made)
         suspension.check(made, about.suspension)
         facts.write_facts(made, about.suspension.facts)
         for each in about.builds:

@@ -132,7 +132,8 @@ class MachineRequest:
 
     `mirror` and `security_mirror` are URLs or `auto` (the host's own apt, else the catalogue's public default).
     `given` names the settings that the user chose, as against defaults: a running machine that differs from a
-    default is no surprise, one that differs from a choice deserves a warning.
+    default is no surprise, one that differs from a choice deserves a warning. `demanded` names those of them that are
+    on the command line: what cannot be is refused there, while a file may be older than the machine is large.
     """
 
     name: str
@@ -145,6 +146,7 @@ class MachineRequest:
     timeout_s: float = 300.0
     snapshots: bool = True
     given: frozenset[str] = frozenset()
+    demanded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

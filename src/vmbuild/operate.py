@@ -120,7 +120,9 @@ def resize(
     """Change a running machine's CPUs, memory and disk. Raises UsageError for what it cannot become while it runs."""
     files = existing(name, home)
     lifetime.check_running(files)
-    _check_size(status(name, home), cpus, memory_mib, disk_bytes)
+    _check_size(status(name, home), cpus, memory_mib)
+    if disk_bytes is not None:
+        lifetime.check_disk(files, disk_bytes)
     with running_session(name, home) as session:
         if cpus is not None:
             report.step(f"Setting the CPUs to {cpus}")
@@ -136,7 +138,7 @@ def resize(
             resources.grow_file_system(session)
 
 
-def _check_size(now: MachineStatus, cpus: int | None, memory_mib: int | None, disk_bytes: int | None) -> None:
+def _check_size(now: MachineStatus, cpus: int | None, memory_mib: int | None) -> None:
     most = format_size((now.memory_mib or 0) * MIB)
     again = f"For more: `vmbuild down {now.name}`, then `vmbuild up --name {now.name}` with another"
     if cpus is not None and not 1 <= cpus <= (now.cpus or 1):
@@ -145,10 +147,6 @@ def _check_size(now: MachineStatus, cpus: int | None, memory_mib: int | None, di
         raise UsageError(
             f"the machine {now.name} can have {LEAST_MEMORY_MIB} MiB to {most} of memory",
             resolution=f"{again} --memory.",
-        )
-    if disk_bytes is not None and disk_bytes < (now.disk_virtual_bytes or 0):
-        raise UsageError(
-            f"the disk of the machine {now.name} is {format_size(now.disk_virtual_bytes or 0)} large and cannot shrink"
         )
 
 

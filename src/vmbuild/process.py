@@ -154,6 +154,21 @@ def rss_bytes(pid: int) -> int | None:
     return int(text) * 1024 if text.isdigit() else None
 
 
+def cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time that a process has had since it began, None when there is no such process."""
+    text = _proc_column(pid, "time=")
+    return parse_cpu_time(text) if text else None
+
+
+def parse_cpu_time(text: str) -> float:
+    """Return the seconds of a time as ps writes it: `[[DD-]HH:]MM:SS`, on macOS with hundredths."""
+    days, _, clock = text.rpartition("-")
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = seconds * 60 + float(part)
+    return int(days or 0) * 86_400 + seconds
+
+
 def _proc_column(pid: int, column: str) -> str:
     proc = Path("/proc") / str(pid)
     if not Path("/proc/self/stat").exists():  # macOS
@@ -162,8 +177,11 @@ def _proc_column(pid: int, column: str) -> str:
     try:
         if column == "args=":
             return proc.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        if column == "state=":
-            return proc.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+        if column in ("state=", "time="):
+            fields = proc.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()
+            # state, and utime + stime: fields 3, 14 and 15 of proc_pid_stat(5)
+            ticks = int(fields[11]) + int(fields[12])
+            return fields[0] if column == "state=" else str(ticks / os.sysconf("SC_CLK_TCK"))
         pages = int(proc.joinpath("statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return ""

@@ -184,6 +184,7 @@ class Settings:
             timeout_s=self["timeout"],
             snapshots=self["snapshots"],
             given=frozenset(key for key, value in self.values.items() if value.origin != "default"),
+            demanded=frozenset(key for key, value in self.values.items() if value.origin == BY_KEY[key].flag),
         )
 
     def home(self) -> Home:

@@ -50,6 +50,8 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
 
 def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
     """Start the machine and wait for its guest; None when it runs already."""
+    if "disk" in request.demanded:
+        lifetime.check_disk(files, request.disk_bytes)
     if _is_running(request, files, report):
         return None
     if (kept_here := suspension.find(files)) is not None:
@@ -234,6 +236,8 @@ def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Re
         "disk": format_size(now.disk_virtual_bytes or 0),
         "image": now.image,
     }
+    if request.disk_bytes < (now.disk_virtual_bytes or 0):  # it has grown: that will do
+        del asked["disk"]
     for key in sorted(request.given & asked.keys()):
         if asked[key] != has[key]:
             report.warn(

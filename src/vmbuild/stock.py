@@ -14,6 +14,7 @@ from vmbuild.errors import GuestImageError, HostError, UsageError
 from vmbuild.image import catalog, store
 from vmbuild.lock import hold
 from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import probe
 from vmbuild.model import Freed, GuestImage, Home, ImageSpec, MachineRequest, MachineSpec
@@ -102,14 +103,24 @@ def verify_images(home: Home) -> list[store.Check]:
 
 
 def prune(home: Home, report: Reporter, *, everything: bool) -> list[Freed]:
-    """Delete from the cache what no machine would start from any more; with `everything`, all of it."""
+    """Delete from the cache what no machine would start from any more; with `everything`, all that none still needs."""
     specs = catalog.list_images()
-    freed = store.prune(specs, home.cache, report, everything=everything)
+    freed = store.prune(specs, home.cache, report, everything=everything, needed=_needed_images(home))
     for left in snapshot.abandoned(home.cache):
         lifetime.stop(left, Deadline.after(0))
         shutil.rmtree(left.folder, ignore_errors=True)
     images = list(filter(None, (_find_whole(spec, home) for spec in specs)))
-    return freed + snapshot.prune(home.cache, lambda kept: _is_current(kept, images, home))
+    return freed + snapshot.prune(home.cache, lambda kept: not everything and _is_current(kept, images, home))
+
+
+def _needed_images(home: Home) -> dict[str, str]:
+    """Return the digests of the guest images that a machine runs on, or can only go on with, and which one it is."""
+    needed = {}
+    for files in lifetime.find_machines(home.state):
+        facts = load_facts(files)
+        if facts is not None and (files.suspension.exists() or lifetime.find_pid(files, facts) is not None):
+            needed[facts.image_digest] = f"the machine {files.name}"
+    return needed
 
 
 def _find_whole(spec: ImageSpec, home: Home) -> GuestImage | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -149,8 +150,17 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print facts as JSON on standard output."""
+    _print_out(json.dumps(to_data(value), indent=2, default=str))
+
+
+def print_json_line(value: Any) -> None:
+    """Print facts as JSON on one line of standard output."""
+    _print_out(json.dumps(to_data(value), separators=(",", ":"), default=str))
+
+
+def _print_out(line: str) -> None:
     with _blaming_stdout():
-        sys.stdout.write(json.dumps(to_data(value), indent=2, default=str) + "\n")
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
 
@@ -167,12 +177,29 @@ def to_data(value: Any) -> Any:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on standard output; `-` stands for what is not there."""
+    with _blaming_stdout():
+        Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(_table(columns, rows))
+        sys.stdout.flush()
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text("-" if cell is None else str(cell), overflow="fold") for cell in row))
-    with _blaming_stdout():
-        Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
-        sys.stdout.flush()
+    return table
+
+
+def show_rounds(columns: Sequence[str], rounds: Iterable[Iterable[Sequence[object]]]) -> None:
+    """Draw a table for each round of rows: in place on a terminal, one below the other elsewhere."""
+    console = Console(highlight=False)
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
+        for rows in rounds:
+            print_table(columns, list(rows))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for rows in rounds:
+            with _blaming_stdout():
+                live.update(_table(columns, rows), refresh=True)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vmbuild import build, cli, operate
+from vmbuild import build, cli, operate, watch
 from vmbuild.errors import (
     EXIT_CODES,
     BuildError,
@@ -24,7 +24,8 @@ from vmbuild.errors import (
     VmbuildError,
 )
 from vmbuild.guest.resources import Usage
-from vmbuild.model import BuildRequest, BuildResult, MachineRequest, MachineStatus
+from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest, MachineStatus
+from vmbuild.watch import Reading, Round
 
 Record = list[tuple[Any, ...]]
 
@@ -289,3 +290,87 @@ def test_help_tells_every_command_in_full_and_the_exit_codes(capsys: pytest.Capt
         assert f"{name} {command.get_short_help_str(200)}" in text
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text
+
+
+BUSY = MachineStatus(
+    *("box", "running", 7, 40222, 4, 2048, 1024, 40 * 2**30, 3 * 2**29, "i", "d", 2**30),
+    restored=True,
+    folder=Path("/x"),
+)
+ROUND = Round(
+    1000.0,
+    (
+        Reading(BUSY, 187.0, 153.4, Usage(2, 0.5, 1000, 300, 9 * 2**27, 61.5)),
+        Reading(MachineStatus("hung", "broken"), None, None, None),
+    ),
+)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """What was asked to be watched; the view ends with Ctrl-C after three rounds, its end is noted too."""
+    calls: Record = []
+
+    def fake(name: str | None, home: Home, delay_s: float) -> Iterator[Round]:
+        calls.append((name, delay_s))
+        try:
+            yield from (ROUND, ROUND, ROUND)
+            raise KeyboardInterrupt
+        finally:
+            calls.append(("closed",))
+
+    monkeypatch.setattr(watch, "watch", fake)
+    return calls
+
+
+def test_top_shows_a_round_after_the_other_until_ctrl_c(watched: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["top"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == [
+        list(cli.TOP_COLUMNS),
+        ["box", "restored", "2/4", "153%", "0.50", "300M/1.0G", "1.0G", "1.1G/1.5G/40G", "3m07s", "40222"],
+        ["hung", "broken", "-/-", "-", "-", "-/-", "-", "-/-/-", "-", "-"],
+    ]
+    assert lines == lines[:3] * 3
+    assert watched == [(None, 2.0), ("closed",)]
+
+
+def test_top_ends_after_so_many_rounds(watched: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["top", "box", "-n", "2", "-d", "0.5", "--json"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    told = json.loads(first)
+    assert told["at"] == 1000
+    box, hung = told["machines"]
+    assert (box["name"], box["ssh_port"], box["cpu_percent"], box["guest"]["cpus_online"]) == ("box", 40222, 153.4, 2)
+    assert (hung["state"], hung["guest"]) == ("broken", None)
+    assert watched == [("box", 0.5), ("closed",)]
+
+
+@pytest.mark.parametrize(
+    "argv", [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-n", "-1"], ["a", "--name", "b"]], ids=str
+)
+def test_a_view_that_cannot_be_is_refused(watched: Record, argv: list[str]) -> None:
+    assert cli.run(["top", *argv]) == 2
+    assert watched == []
+
+
+def test_top_of_all_is_not_of_the_machine_in_the_environment(watched: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VMBUILD_NAME", "box")
+    assert cli.run(["top", "-n", "1"]) == 0
+    assert cli.run(["top", "-n", "1", "--name", "other"]) == 0
+    assert [call[0] for call in watched] == [None, "closed", "other", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.9, "0m00s"), (187, "3m07s"), (7_384, "2h03m"), (190_000, "2d04h"), (None, None)]
+)
+def test_times_in_a_narrow_column(seconds: float | None, shown: str | None) -> None:
+    assert cli._span(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(0, "0B"), (9 * 2**20, "9.0M"), (2**30 - 1, "1024M"), (40 * 2**30, "40G"), (None, None)]
+)
+def test_sizes_in_a_narrow_column(size: int | None, shown: str | None) -> None:
+    assert cli._short(size) == shown

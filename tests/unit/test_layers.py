@@ -116,9 +116,11 @@ ALLOWED: dict[str, set[str]] = {
     "carry": GROUND
     | {"start", "operate", "follow", "guard"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "probe", "suspension")},
+    "watch": GROUND
+    | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
     | {"start", "process", "image.catalog", "image.store"}
-    | {f"machine.{name}" for name in ("control", "files", "lifetime", "probe", "snapshot")},
+    | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
@@ -132,6 +134,7 @@ ALLOWED: dict[str, set[str]] = {
         "carry",
         "start",
         "operate",
+        "watch",
         "stock",
         "doctor",
         "machine.snapshot",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,3 +139,35 @@ def test_facts_of_a_process() -> None:
     assert rss is not None and rss > 1_000_000
     assert process.rss_bytes(2**22 + 1) is None
     assert process.command_line(2**22 + 1) == ""
+
+
+def test_cpu_time_is_what_was_used() -> None:
+    before = process.cpu_seconds(os.getpid())
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    after = process.cpu_seconds(os.getpid())
+    assert before is not None and after is not None
+    assert 0.15 < after - before < 1
+    assert process.cpu_seconds(2**22 + 1) is None
+
+
+def test_a_programs_name_is_not_mistaken_for_its_facts(tmp_path: Path) -> None:
+    program = tmp_path / "a) R 1 (b"
+    shutil.copy(shutil.which("sleep") or "", program)
+    child = subprocess.Popen([program, "60"])
+    try:
+        used = process.cpu_seconds(child.pid)
+        assert used is not None and used < 5
+        assert process.is_alive(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0.25", 0.25), ("0:00.52", 0.52), ("123:45.67", 7425.67), ("01:02:03", 3723), ("2-03:04:05", 183_845)],
+)
+def test_cpu_time_as_ps_writes_it(text: str, seconds: float) -> None:
+    assert process.parse_cpu_time(text) == pytest.approx(seconds)

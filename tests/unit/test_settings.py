@@ -36,7 +36,14 @@ def test_the_nearest_place_wins(tmp_path: Path) -> None:
 def test_a_request_names_what_was_chosen(tmp_path: Path) -> None:
     request = resolved(tmp_path, cpus="3", memory="1500M", disk="5G").as_request()
     assert (request.cpus, request.memory_mib, request.disk_bytes) == (3, 1500, 5 * GIB)
+    assert request.given == request.demanded == {"cpus", "memory", "disk"}
+
+
+def test_only_the_command_line_demands(tmp_path: Path) -> None:
+    (tmp_path / "vmbuild.toml").write_text('disk = "5G"\n')
+    request = resolve({"cpus": "2"}, {"VMBUILD_MEMORY": "1G"}, tmp_path, tmp_path / "none.toml").as_request()
     assert request.given == {"cpus", "memory", "disk"}
+    assert request.demanded == {"cpus"}
 
 
 def test_the_defaults_fit_the_host(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import operate, process, start
-from vmbuild.errors import GuestError, HostError
+from vmbuild.deadline import Deadline
+from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest import ready
 from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.files import MachineFiles
@@ -216,6 +218,23 @@ def test_a_restore_that_was_given_up_is_begun_again(
     assert before.state == "restoring"
     assert up(home) == ["Restoring the machine box"]
     assert before.pid is not None and not process.is_alive(before.pid)
+
+
+def test_a_disk_that_has_grown_satisfies_a_file_but_not_a_flag(home: Home, makers: list[dict[str, Any]]) -> None:
+    up(home, replace(REQUEST, disk_bytes=3 << 30))
+    files = MachineFiles.at(home.state, "box")
+    from_file = replace(REQUEST, disk_bytes=2 << 30, given=frozenset({"disk"}))
+    from_flag = replace(from_file, demanded=frozenset({"disk"}))
+    assert up(home, from_file) == []  # it runs, and nothing is to be said
+    for _ in ("it runs", "it is down"):
+        with pytest.raises(UsageError, match="cannot shrink"):
+            up(home, from_flag)
+        lifetime.stop(files, Deadline.after(0))
+    assert up(home, from_file) == ["Starting the machine box"]
+    assert lifetime.disk_size(files) == 3 << 30
+    lifetime.stop(files, Deadline.after(0))
+    up(home, replace(from_file, disk_bytes=4 << 30))
+    assert lifetime.disk_size(files) == 4 << 30
 
 
 def test_a_host_at_fault_is_not_blamed_on_the_snapshot(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,42 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", Terminal())
     ui.show_error(HostError("brief"))
     assert "\x1b[31m" not in ui.sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+ROUNDS: list[list[tuple[object, ...]]] = [[("box", 1)], [("box", 2), ("other", None)]]
+
+
+def test_a_pipe_gets_a_table_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.show_rounds(("name", "n"), ROUNDS)
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert words == [["name", "n"], ["box", "1"], ["name", "n"], ["box", "2"], ["other", "-"]]
+
+
+def test_a_terminal_is_drawn_anew_and_keeps_the_last_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", Terminal())
+
+    def rounds() -> Iterator[list[tuple[str, int]]]:
+        yield [("box", 1)]
+        yield [("box", 2)]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ui.show_rounds(("name", "n"), rounds())
+    shown = ui.sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[1A\x1b[2K" in shown  # up a line, and clear it
+    assert shown.endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_a_dumb_terminal_is_treated_as_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    ui.show_rounds(("name", "n"), ROUNDS)
+    assert "\x1b[2K" not in ui.sys.stdout.getvalue()  # type: ignore[attr-defined]
+
+
+def test_json_of_a_round_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.print_json_line({"at": 1.5, "machines": [MachineStatus("m", "running")]})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert out.startswith('{"at":1.5,"machines":[{"name":"m",')

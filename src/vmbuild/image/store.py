@@ -85,10 +85,13 @@ def _check(manifest_path: Path) -> Check:
     return Check(manifest["name"], digest, ", ".join(problems))
 
 
-def prune(specs: Sequence[ImageSpec], cache: Path, report: Reporter, *, everything: bool) -> list[Freed]:
+def prune(
+    specs: Sequence[ImageSpec], cache: Path, report: Reporter, *, everything: bool, needed: Mapping[str, str]
+) -> list[Freed]:
     """Delete the guest images that no row of the catalogue leads to any more, and the packages they were made of.
 
-    With `everything`, all guest images and base images. A machine that runs keeps what it has open.
+    With `everything`, all guest images and base images. `needed` are the digests of those that stay nevertheless, each
+    with who needs it.
     """
     images = cache / "images"
     with ExitStack() as locks:
@@ -96,12 +99,20 @@ def prune(specs: Sequence[ImageSpec], cache: Path, report: Reporter, *, everythi
             locks.enter_context(hold(images / f"{spec.name}.lock", report, f"assembles {spec.name}"))
         current = set() if everything else {_pointer(spec, cache) for spec in specs}
         wanted = {pointer.read_text().strip() for pointer in current if pointer.exists()}
-        freed = [_free("guest image", folder) for folder in sorted(images.glob("*/")) if folder.name not in wanted]
+        doomed = [folder for folder in sorted(images.glob("*/")) if folder.name not in wanted]
+        freed = [_free("guest image", folder) for folder in doomed if not _is_needed(folder.name, needed, report)]
         for pointer in images.glob("*.*"):
-            if pointer.is_file() and pointer.suffix != ".lock" and pointer not in current:
+            is_old = pointer.is_file() and pointer.suffix != ".lock" and pointer not in current
+            if is_old and pointer.read_text(errors="replace").strip() not in needed:
                 pointer.unlink()
-    doomed = ("packages", "indexes", "bases") if everything else ("packages", "indexes")
-    return freed + [_free("downloads", cache / name) for name in doomed if (cache / name).exists()]
+    downloads = ("packages", "indexes", "bases") if everything else ("packages", "indexes")
+    return freed + [_free("downloads", cache / name) for name in downloads if (cache / name).exists()]
+
+
+def _is_needed(digest: str, needed: Mapping[str, str], report: Reporter) -> bool:
+    if digest in needed:
+        report.step(f"Keeping the guest image {digest[:12]}: {needed[digest]} needs it")
+    return digest in needed
 
 
 def _free(what: str, folder: Path) -> Freed:

@@ -51,7 +51,7 @@ def lock(files: MachineFiles, report: Reporter) -> AbstractContextManager[None]:
 
 
 def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> None:
-    """Make the machine's folder and disk, or grow the disk. Never shrinks it: UsageError when that was asked."""
+    """Make the machine's folder and disk, or grow the disk where its size was chosen. Never shrinks it."""
     with writing_in(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not files.disk.exists():
@@ -59,14 +59,18 @@ def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> N
         process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(part), str(spec.disk_bytes)])
         part.replace(files.disk)
         return
-    size = disk_size(files)
-    if spec.disk_bytes < size and explicit_disk:
-        raise UsageError(
-            f"the disk of the machine {spec.name} is {format_size(size)} large and cannot shrink",
-            resolution=f"Ask for more, or make a new one: `vmbuild destroy {spec.name}` (what is on it is lost).",
-        )
-    if spec.disk_bytes > size and explicit_disk:
+    if explicit_disk and spec.disk_bytes > disk_size(files):
         process.run(["qemu-img", "resize", "-q", "-f", "qcow2", str(files.disk), str(spec.disk_bytes)])
+
+
+def check_disk(files: MachineFiles, wanted_bytes: int) -> None:
+    """Raise UsageError when the machine has a disk that is larger than wanted."""
+    size = disk_size(files) if files.disk.exists() else 0
+    if wanted_bytes < size:
+        raise UsageError(
+            f"the disk of the machine {files.name} is {format_size(size)} large and cannot shrink",
+            resolution=f"Ask for more, or make a new one: `vmbuild destroy {files.name}` (what is on it is lost).",
+        )
 
 
 def disk_size(files: MachineFiles) -> int:
@@ -75,7 +79,7 @@ def disk_size(files: MachineFiles) -> int:
         return int.from_bytes(disk.read(32)[24:32], "big")
 
 
-def check_disk(files: MachineFiles) -> None:
+def check_foreign_disk(files: MachineFiles) -> None:
     """See that a disk from elsewhere is a qcow2 that leads to no other file of this host. Raises MachineError.
 
     Source: QEMU, docs/interop/qcow2.txt, "Header".
@@ -352,5 +356,9 @@ def destroy(files: MachineFiles) -> None:
 
 def list_machines(state: Path) -> list[MachineStatus]:
     """Return what every machine of a state folder is now, by name."""
-    folders = [path for path in (state / "machines").glob("*") if path.is_dir() and not path.name.startswith(".")]
-    return [status(MachineFiles(folder)) for folder in sorted(folders)]
+    return [status(files) for files in find_machines(state)]
+
+
+def find_machines(state: Path) -> list[MachineFiles]:
+    """Return the files of every machine of a state folder, by name."""
+    return [MachineFiles(path) for path in sorted((state / "machines").glob("[!.]*")) if path.is_dir()]

@@ -465,7 +465,7 @@ def test_prune_deletes_what_no_row_leads_to(spec: ImageSpec, cache: Path) -> Non
     (cache / "packages").mkdir()
     (cache / "packages" / "tool.deb").write_bytes(bytes(100_000))
     (cache / "bases").mkdir()
-    freed = store.prune([spec], cache, SilentReporter(), everything=False)
+    freed = store.prune([spec], cache, SilentReporter(), everything=False, needed={})
     assert {(each.what, each.name) for each in freed} == {
         ("guest image", old.digest),
         ("guest image", ".test~killed"),
@@ -475,19 +475,39 @@ def test_prune_deletes_what_no_row_leads_to(spec: ImageSpec, cache: Path) -> Non
     assert folders(cache) == [now.digest]
     assert find(spec, cache) == now
     assert (cache / "bases").exists()
-    assert store.prune([spec], cache, SilentReporter(), everything=False) == []
+    assert store.prune([spec], cache, SilentReporter(), everything=False, needed={}) == []
 
 
 @pytest.mark.usefixtures("assembler")
 def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ImageSpec, cache: Path) -> None:
     make(spec, cache)
     (cache / "bases").mkdir()
-    store.prune([spec], cache, SilentReporter(), everything=True)
+    store.prune([spec], cache, SilentReporter(), everything=True, needed={})
     assert folders(cache) == []
     assert find(spec, cache) is None
     assert not (cache / "bases").exists()
     assert make(spec, cache) == find(spec, cache)
 
 
+@pytest.mark.usefixtures("assembler")
+@pytest.mark.parametrize("everything", [True, False])
+def test_prune_keeps_what_somebody_needs_and_says_so(spec: ImageSpec, cache: Path, everything: bool) -> None:
+    other = make(replace(spec, kernel_args=("other",)), cache)
+    old = replace(spec, kernel_args=("old",))
+    image = make(old, cache)
+    report = Listener()
+    freed = store.prune([spec], cache, report, everything=everything, needed={image.digest: "the machine box"})
+    assert [each.name for each in freed] == [other.digest]
+    assert report.heard == [f"Keeping the guest image {image.digest[:12]}: the machine box needs it"]
+    assert find(old, cache) == image
+
+
+@pytest.mark.usefixtures("assembler")
+def test_prune_has_nothing_to_say_of_what_it_keeps_anyway(spec: ImageSpec, cache: Path) -> None:
+    report = Listener()
+    store.prune([spec], cache, report, everything=False, needed={make(spec, cache).digest: "the machine box"})
+    assert report.heard == []
+
+
 def test_prune_of_an_empty_cache_frees_nothing(spec: ImageSpec, cache: Path) -> None:
-    assert store.prune([spec], cache, SilentReporter(), everything=True) == []
+    assert store.prune([spec], cache, SilentReporter(), everything=True, needed={}) == []

@@ -215,10 +215,16 @@ def test_the_disk_grows_when_asked_and_never_shrinks(files: MachineFiles, tmp_pa
     assert lifetime.disk_size(files) == GIB
     lifetime.prepare(make_spec(tmp_path, disk_bytes=2 * GIB), files, explicit_disk=True)
     assert lifetime.disk_size(files) == 2 * GIB
-    lifetime.prepare(make_spec(tmp_path, disk_bytes=GIB), files, explicit_disk=False)
-    with pytest.raises(UsageError, match=f"{format_size(2 * GIB)} large and cannot shrink"):
-        lifetime.prepare(make_spec(tmp_path, disk_bytes=GIB), files, explicit_disk=True)
+    for explicit in (False, True):
+        lifetime.prepare(make_spec(tmp_path, disk_bytes=GIB), files, explicit_disk=explicit)
     assert lifetime.disk_size(files) == 2 * GIB
+
+
+def test_a_disk_that_is_larger_than_wanted_is_said(files: MachineFiles, tmp_path: Path) -> None:
+    lifetime.check_disk(files, GIB)
+    lifetime.check_disk(MachineFiles.at(tmp_path, "none"), 1)
+    with pytest.raises(UsageError, match=f"{format_size(GIB)} large and cannot shrink"):
+        lifetime.check_disk(files, GIB - 1)
 
 
 def test_a_disk_appears_whole_or_not_at_all(programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
