@@ -33,8 +33,8 @@ PATIENCE_S = 5.0
 PATIENCE = 0.5
 """The part of the time between two rounds that is spent on waiting for answers, if it comes to that."""
 
-STALE_S = 10.0
-"""An answer that is older is none."""
+STALE_S = 15.0
+"""An answer that is older is none. A QEMU that stands still needs ten seconds to be found so (`lifetime.ANSWER_S`)."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:
     facts = suspension.facts
     asked = {"cpus": request.cpus, "memory": request.memory_mib, "image": request.image}
     has = {"cpus": facts.cpus, "memory": facts.memory_mib, "image": facts.image}
-    for key in sorted(request.given & asked.keys()):
+    for key in sorted(request.demanded & asked.keys()):
         if asked[key] != has[key]:
             raise UsageError(
                 f"the machine {request.name} is suspended with {key} {has[key]} and cannot go on with {asked[key]}",
