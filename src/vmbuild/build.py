@@ -9,19 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, record
-from vmbuild.errors import UsageError, VmbuildError
+from vmbuild import follow, operate, process, record
+from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
 from vmbuild.guest import archive, context, docker, oom
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
+from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest
+from vmbuild.model import MIB, PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest, format_size
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
@@ -38,6 +39,40 @@ def build(
     watch: Watch,
 ) -> BuildResult:
     """Build a container image in the guest and bring it back. Raises BuildError when a step of the Dockerfile fails."""
+    while True:
+        try:
+            return _build_once(request, asked, home, report, stdin, stdout, watch)
+        except OutOfMemoryError as error:
+            if not asked.oom_retry or (larger := _grow(request, home, report)) is None:
+                raise
+            report.warn(f"{error.brief}: out of memory, building again with {format_size(larger.memory_mib * MIB)}")
+            request = larger
+
+
+def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineRequest | None:
+    """Give a machine more memory: what it was started with, else twice that. Returns None when there is no more."""
+    files = MachineFiles.at(home.state, request.name)
+    now = lifetime.status(files)
+    most, has = now.memory_mib or request.memory_mib, now.memory_now_mib or 0
+    if 0 < has < most:
+        operate.resize(request.name, home, report, cpus=None, memory_mib=most, disk_bytes=None)
+        return replace(request, memory_mib=most)
+    spare = process.available_memory_bytes()
+    if (spare is not None and spare < most * MIB) or record.load_all(files.builds):
+        return None  # the host has no more, or another build would go down with the machine
+    operate.down(request.name, home, report)
+    return replace(request, memory_mib=2 * most)
+
+
+def _build_once(
+    request: MachineRequest,
+    asked: BuildRequest,
+    home: Home,
+    report: Reporter,
+    stdin: BinaryIO,
+    stdout: BinaryIO,
+    watch: Watch,
+) -> BuildResult:
     begun = time.time()
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)

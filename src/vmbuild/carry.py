@@ -47,7 +47,7 @@ def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callab
     try:
         return work(Guard(limits, MachineFiles.at(home.state, name)))
     except TimeIsUp:
-        report.step("The time is up")
+        report.step("The time limit is near")
     suspend(name, limits.suspend_to, home, report)
     if limits.suspend_to is None:
         raise SuspendedError(

@@ -119,6 +119,7 @@ def up(as_json: bool, **flags: Any) -> None:
 @click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
+@click.option("--oom-retry", is_flag=True, help="Build again with more memory what runs out of it.")
 @limit_options
 @suspend_to_option
 @start_options
@@ -260,6 +261,8 @@ def _check_job(job: dict[str, Any], as_json: bool) -> None:
         raise UsageError(f"this machine does not build for {job['platform']}", resolution="Use linux/arm64.")
     if job["context"] == "-" and job["dockerfile"] == "-":
         raise UsageError("standard input cannot be both the context and the Dockerfile")
+    if job["oom_retry"] and "-" in (job["context"], job["dockerfile"]):
+        raise UsageError("what comes on standard input cannot be built again", resolution="Leave --oom-retry out.")
 
 
 def _from_environment(argument: str) -> str:

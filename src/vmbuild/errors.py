@@ -68,6 +68,10 @@ class BuildError(VmbuildError):
     meaning = "the build failed: a step of the Dockerfile did"
 
 
+class OutOfMemoryError(BuildError):
+    """The guest's kernel killed a process of the build for want of memory."""
+
+
 class StalledError(BuildError):
     """The build stands still: it says nothing, and its machine does nothing."""
 

@@ -18,6 +18,7 @@ from vmbuild.errors import (
     GuestError,
     HungUp,
     MachineError,
+    OutOfMemoryError,
     StalledError,
     SuspendedError,
     TimeIsUp,
@@ -216,15 +217,15 @@ def _explaining_memory(running: Running) -> Iterator[None]:
         raise _out_of_memory(error, victim, lifetime.status(running.files)) from error
 
 
-def _out_of_memory(error: VmbuildError, victim: oom.Victim, machine: MachineStatus) -> BuildError:
+def _out_of_memory(error: VmbuildError, victim: oom.Victim, machine: MachineStatus) -> OutOfMemoryError:
     most = machine.memory_mib or 0
     has = machine.memory_now_mib or most
     more = f"`vmbuild resize {machine.name} --memory {most}M`"
     if has >= most:
         more = f"`vmbuild down {machine.name}`, then this command with --memory {2 * most}M"
-    return BuildError(
+    return OutOfMemoryError(
         error.brief,
         details=f"{error.details}\nThe guest ran out of memory: its kernel killed {victim.process}, which held "
         f"{format_size(victim.memory_mib * MIB)} of the machine's {format_size(has * MIB)}.",
-        resolution=f"Run fewer jobs at once (`make -j1`), or give the machine more: {more}.",
+        resolution=f"Run fewer jobs at once (`make -j1`), or give the machine more: {more}; --oom-retry does it.",
     )

@@ -17,8 +17,8 @@ from vmbuild.machine.files import MachineFiles
 
 LOOK_EVERY_S = 2.0
 
-IDLE = 0.05
-"""Of one CPU: what a guest that waits uses, Docker's own timers included, is well below (measured: 0.01 to 0.02)."""
+IDLE = 0.15
+"""Of one CPU: a guest that waits for a build that does nothing uses half of that, for the progress that BuildKit shows."""
 
 CAUTION = 2.0
 """How much longer than measured suspending may take: other work may come to the host, and the guest may grow."""

@@ -202,7 +202,8 @@ class BuildRequest:
 
     `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
     docker archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
-    columns and rows of the terminal that BuildKit may draw on.
+    columns and rows of the terminal that BuildKit may draw on. `oom_retry` builds again, with more memory, what ran out
+    of it.
     """
 
     context: str
@@ -220,6 +221,7 @@ class BuildRequest:
     iidfile: Path | None = None
     metadata_file: Path | None = None
     quiet: bool = False
+    oom_retry: bool = False
 
 
 @dataclass(frozen=True)

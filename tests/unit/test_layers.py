@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "image.base", "image.catalog", "machine.files"}
+    | {"start", "follow", "operate", "process", "image.base", "image.catalog", "machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}
