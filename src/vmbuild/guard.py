@@ -18,7 +18,7 @@ from vmbuild.machine.files import MachineFiles
 LOOK_EVERY_S = 2.0
 
 IDLE = 0.15
-"""Of one CPU: a guest that waits for a build that does nothing uses half of that, for the progress that BuildKit shows."""
+"""Of one CPU: a build that only waits uses half of that, for the progress that BuildKit shows."""
 
 CAUTION = 2.0
 """How much longer than measured suspending may take: other work may come to the host, and the guest may grow."""
