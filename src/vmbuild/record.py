@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +62,11 @@ def forget(builds: Path, record: BuildRecord) -> None:
     """Forget a build. Harmless when it is forgotten."""
     _place(builds, record).unlink(missing_ok=True)
     lock_file(builds, record).unlink(missing_ok=True)
+
+
+def forget_all(builds: Path) -> None:
+    """Forget every build of a machine: it is booted, and nothing of before runs in it."""
+    shutil.rmtree(builds, ignore_errors=True)
 
 
 def load_all(builds: Path) -> list[BuildRecord]:

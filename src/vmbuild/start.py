@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vmbuild import process
+from vmbuild import process, record
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError, UsageError
 from vmbuild.guest import clock, ready, seed, ssh
@@ -57,6 +57,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
     if (kept_here := suspension.find(files)) is not None:
         return go_on(kept_here, request, files, home, report)
     shape = shape_of(request.name, request, home, report)
+    record.forget_all(files.builds)
     lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given)
     write_seed(files, f"vmbuild-{request.name}", seed.proxies(os.environ))
     kept = snapshot.find(home.cache, shape.key) if shape.key else None
@@ -179,7 +180,10 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
         discard = partial(suspension.discard, files)
         restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast)
         lifetime.start(spec, files, qemu, restore=restore)
-    return _wait_awake(files, Deadline.after(request.timeout_s), report)
+    session = _wait_awake(files, Deadline.after(request.timeout_s), report)
+    if record.load_all(files.builds):
+        report.step(f"A build goes on in it: `vmbuild attach {files.name}` shows and finishes it")
+    return session
 
 
 def image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:

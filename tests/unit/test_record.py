@@ -23,6 +23,13 @@ def test_builds_are_remembered_and_forgotten(tmp_path: Path) -> None:
     assert [path.name for path in builds.iterdir()] == ["second.json"]
 
 
+def test_all_of_a_machine_are_forgotten_at_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        record.forget_all(tmp_path / "builds")
+        assert record.load_all(tmp_path / "builds") == []
+        record.save(tmp_path / "builds", FIRST)
+
+
 def test_what_makes_no_sense_is_passed_over(tmp_path: Path) -> None:
     record.save(tmp_path, FIRST)
     for number, text in enumerate(("", "[]", "{}", '{"tags": 1}', '{"folder": "/w/x", "tags": [], "new": 1}')):

@@ -289,9 +289,15 @@ def suspend(files: MachineFiles, deadline: Deadline) -> Suspension:
             version = ".".join(str(qmp.execute("query-version")["qemu"][part]) for part in ("major", "minor", "micro"))
         fast = save(files, files.memory, deadline)
         made = suspension.publish(files, facts, version, fast=fast)
-    except BaseException:
+    except BaseException as error:
         with suppress(VmbuildError):
             resume(files)
+        if isinstance(error, MachineError) and "No space left" in error.details:
+            raise HostError(
+                f"the host's disk has no room for the memory of the machine {files.name}",
+                details=error.details,
+                resolution=f"Make room in {files.folder}; the machine goes on meanwhile.",
+            ) from error
         raise
     stop(files, Deadline.after(0))
     return made
