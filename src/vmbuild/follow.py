@@ -198,7 +198,7 @@ def _explaining_stall(running: Running) -> Iterator[None]:
     except StalledError as error:
         processes = "The guest cannot be asked what it does."
         with suppress(GuestError, MachineError):
-            processes = capture(running.session, ["ps", "-o", "pid,ppid,stat,time,args"], deadline=Deadline.after(30))
+            processes = capture(running.session, ["ps", "-o", "pid,ppid,stat,rss,args"], deadline=Deadline.after(30))
         last = serial.tail(running.files.console_log)
         raise BuildError(error.brief, details=f"{processes}\n{last}", resolution=error.resolution) from error
 

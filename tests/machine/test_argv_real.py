@@ -73,6 +73,26 @@ def test_start_ask_stop(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> N
     assert not any(path.exists() for path in files.runtime)
 
 
+def test_a_hundred_starts_and_stops_leave_nothing(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> None:
+    lifetime.start(spec, files, qemu)
+    lifetime.stop(files, Deadline.after(5))
+    before, handles, pids = sorted(files.folder.iterdir()), len(list(Path("/proc/self/fd").iterdir())), set[int]()
+    for number in range(100):
+        lifetime.start(spec, files, qemu)
+        pid = lifetime.find_pid(files, load_facts(files))
+        assert pid is not None
+        pids.add(pid)
+        if number % 2:
+            process.stop(pid, grace_s=0)  # every other one is killed, as a host that is out of memory would
+        lifetime.stop(files, Deadline.after(5))
+    assert sorted(path for path in files.folder.iterdir() if path.suffix != ".1") == [
+        path for path in before if path.suffix != ".1"
+    ]
+    assert len(list(Path("/proc/self/fd").iterdir())) == handles
+    assert len(pids) == 100
+    assert [pid for pid in pids if process.is_alive(pid)] == []
+
+
 def test_a_disk_in_use_is_said_in_qemus_words(
     spec: MachineSpec, qemu: Qemu, files: MachineFiles, tmp_path: Path
 ) -> None:

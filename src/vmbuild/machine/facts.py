@@ -6,7 +6,8 @@ import hashlib
 import json
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
@@ -22,7 +23,8 @@ HARDWARE = 1
 class Facts:
     """What a machine was last started as; sizes in their units, time in POSIX seconds.
 
-    `machine_type` has QEMU's version in it; `hardware` is the same for machines that a guest cannot tell apart.
+    `machine_type` has QEMU's version in it; `hardware` is the same for machines that a guest cannot tell apart. They
+    are empty for a machine that an older vmbuild started.
     """
 
     uuid: str
@@ -32,9 +34,9 @@ class Facts:
     image: str
     image_digest: str
     started_at: float
-    machine_type: str
-    accel: str
-    hardware: str
+    machine_type: str = ""
+    accel: str = ""
+    hardware: str = ""
 
 
 def describe(spec: MachineSpec, qemu: Qemu, disk_bytes: int) -> Facts:
@@ -65,8 +67,13 @@ def write_facts(files: MachineFiles, facts: Facts) -> None:
 
 
 def load_facts(files: MachineFiles) -> Facts | None:
-    """Return what the machine was last started as, None when it never was."""
+    """Return what the machine was last started as, None when it never was.
+
+    Another vmbuild may have started it, that knew more or less: its QEMU must be found all the same.
+    """
+    known = {field.name for field in fields(Facts)}
     try:
-        return Facts(**json.loads(files.facts.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        found: dict[str, Any] = json.loads(files.facts.read_text())
+        return Facts(**{name: value for name, value in found.items() if name in known})
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None

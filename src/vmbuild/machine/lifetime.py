@@ -284,6 +284,11 @@ def suspend(files: MachineFiles, deadline: Deadline) -> Suspension:
     facts = load_facts(files)
     check_alive(files)
     assert facts is not None  # noqa: S101 - it is alive
+    if not facts.hardware:
+        raise MachineError(
+            f"the machine {files.name} was started by an older vmbuild, which did not note what it is made of",
+            resolution=f"`vmbuild down {files.name}` and `vmbuild up`; it can be suspended then.",
+        )
     try:
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
             version = ".".join(str(qmp.execute("query-version")["qemu"][part]) for part in ("major", "minor", "micro"))
