@@ -120,6 +120,10 @@ def _is_running(request: MachineRequest, files: MachineFiles, report: Reporter) 
     if now.state == "running":
         _warn_of_differences(request, now, report)
         return True
+    if now.state == "paused" and files.suspension.exists():
+        # Who suspended it was ended before QEMU was, or who let it go on before it ran: what was saved is all of it.
+        lifetime.stop(files, Deadline.after(0))
+        return False
     if now.state == "paused":
         report.step(f"Resuming the machine {request.name}")
         lifetime.resume(files)

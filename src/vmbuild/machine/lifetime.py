@@ -266,7 +266,7 @@ def resume(files: MachineFiles) -> None:
         if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < ROOM_BYTES:
             raise _disk_full(files)
         migration.give_up(qmp, Deadline.after(ANSWER_S))
-        suspension.discard(files)  # whoever suspended it was ended before QEMU was
+        suspension.discard(files)  # half a memory, or one that will be older than the disk
         qmp.execute("cont")
 
 
