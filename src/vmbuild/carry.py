@@ -93,6 +93,11 @@ def bundle_place(text: str, name: str) -> Path:
     return path / f"{name}{SUFFIX}" if path.is_dir() or text.endswith("/") else path
 
 
+def name_for(path: Path, request: MachineRequest) -> str:
+    """Return the name that the machine in a bundle gets: the one that was asked for, else the one it had."""
+    return request.name if "name" in request.given else _About.read(_find_bundle(path)).name
+
+
 def resume(
     path: Path, request: MachineRequest, limits: Limits, home: Home, report: Reporter, *, stdout: BinaryIO
 ) -> BuildResult | None:
@@ -103,7 +108,7 @@ def resume(
     """
     path = _find_bundle(path)
     about = _About.read(path)
-    request = replace(request, name=request.name if "name" in request.given else about.name)
+    request = replace(request, name=name_for(path, request))
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         if not _is_here(files, about):

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vmbuild import build, operate, watch
+from vmbuild import build, carry, operate, watch
 from vmbuild.cli import top
 from vmbuild.cli.app import app
 from vmbuild.cli.program import run
@@ -26,8 +27,13 @@ from vmbuild.errors import (
     UsageError,
     VmbuildError,
 )
+from vmbuild.guard import Limits
 from vmbuild.guest.resources import Usage
+from vmbuild.machine.bundle import pack
+from vmbuild.machine.facts import Facts
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest, MachineStatus
+from vmbuild.report import SilentMeter
 from vmbuild.watch import Reading, Round
 
 Record = list[tuple[Any, ...]]
@@ -255,6 +261,24 @@ def test_what_cannot_be_written_is_refused(built: Record, output: str, capsys: p
 def test_rawjson_comes_alone(built: Record, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["build", str(home), "--progress", "rawjson"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("argv", "name"), [([], "box"), (["--name", "other"], "other")], ids=["its own", "another"])
+def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
+    argv: list[str], name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[Limits] = []
+
+    def fake(path: Path, request: MachineRequest, given: Limits, *args: object, **streams: object) -> None:
+        limits.append(given)
+
+    facts: dict[str, Any] = dict.fromkeys(Facts.__dataclass_fields__, 0)
+    suspended = Suspension(Facts(**facts), "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
+    about = {"name": "box", "suspension": asdict(suspended), "builds": []}
+    pack(home / "box.vmbundle", about, {}, SilentMeter())
+    monkeypatch.setattr(carry, "resume", fake)
+    assert run(["resume", "box.vmbundle", "--time-limit", "45m", "--suspend-to", str(home), *argv]) == 0
+    assert limits[0].suspend_to == home / f"{name}.vmbundle"
 
 
 def run_program(script: str) -> subprocess.CompletedProcess[str]:

@@ -62,7 +62,7 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
     )
     is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
     reporter = ui.TerminalReporter(quiet=quiet or is_pure)
-    limits = _limits(found, suspend_to, begun)
+    limits = _limits(found, found["name"], suspend_to, begun)
     with _standard_input() as stdin:
         arguments = (found.as_request(), request, found.home(), reporter)
         result = carry.within(
@@ -88,7 +88,7 @@ def attach(positional: str | None, build_id: str | None, suspend_to: str | None,
     reporter = ui.TerminalReporter()
     arguments = (found["name"], build_id, found.home(), reporter)
     result = carry.within(
-        *(_limits(found, suspend_to, begun), found["name"], found.home(), reporter),
+        *(_limits(found, found["name"], suspend_to, begun), found["name"], found.home(), reporter),
         lambda guard: follow.attach(*arguments, stdout=sys.stdout.buffer, watch=guard),
     )
     _show_end(result, as_json=as_json)
@@ -106,9 +106,9 @@ def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) ->
 
     begun = time.monotonic()
     found = read_settings(flags)
-    limits = _limits(found, suspend_to, begun)
-    reporter = ui.TerminalReporter()
-    result = carry.resume(bundle, found.as_request(), limits, found.home(), reporter, stdout=sys.stdout.buffer)
+    request = found.as_request()
+    limits = _limits(found, carry.name_for(bundle, request), suspend_to, begun)
+    result = carry.resume(bundle, request, limits, found.home(), ui.TerminalReporter(), stdout=sys.stdout.buffer)
     _show_end(result, as_json=as_json)
 
 
@@ -131,8 +131,8 @@ def base(reference: str, platform: str, force: bool, as_json: bool, **flags: Any
         ui.say(f"FROM {reference} works now ({identity}).")
 
 
-def _limits(found: Settings, suspend_to: str | None, begun: float) -> Limits:
-    """Return what a build may cost that was asked for at `begun`, on the monotonic clock."""
+def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) -> Limits:
+    """Return what a build in a machine may cost that was asked for at `begun`, on the monotonic clock."""
     from vmbuild import carry
     from vmbuild.guard import Limits
 
@@ -142,7 +142,7 @@ def _limits(found: Settings, suspend_to: str | None, begun: float) -> Limits:
     limits = Limits(
         ends_at=None if seconds is None else begun + seconds,
         reserve_s=found["reserve"],
-        suspend_to=carry.bundle_place(suspend_to, found["name"]) if suspend_to else None,
+        suspend_to=carry.bundle_place(suspend_to, name) if suspend_to else None,
         stall_timeout_s=found["stall_timeout"],
     )
     carry.check_limits(limits, seconds)
