@@ -83,7 +83,7 @@ def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter
             raise HostError(
                 error.brief,
                 details=error.details,
-                resolution=f"Nothing is lost: {files.name} stays suspended here, `vmbuild up` goes on with it.",
+                resolution=f"Nothing is lost: `vmbuild up --name {files.name}` goes on with it, here.",
             ) from error
 
 

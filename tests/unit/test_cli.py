@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vmbuild import build, carry, operate, watch
-from vmbuild.cli import top
+from vmbuild.cli import cache, top
 from vmbuild.cli.app import app
 from vmbuild.cli.program import run
 from vmbuild.errors import (
@@ -37,6 +37,8 @@ from vmbuild.report import SilentMeter
 from vmbuild.watch import Reading, Round
 
 Record = list[tuple[Any, ...]]
+NO_FACTS: dict[str, Any] = dict.fromkeys(Facts.__dataclass_fields__, 0)
+SUSPENDED = Suspension(Facts(**NO_FACTS), "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -272,9 +274,7 @@ def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
     def fake(path: Path, request: MachineRequest, given: Limits, *args: object, **streams: object) -> None:
         limits.append(given)
 
-    facts: dict[str, Any] = dict.fromkeys(Facts.__dataclass_fields__, 0)
-    suspended = Suspension(Facts(**facts), "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
-    about = {"name": "box", "suspension": asdict(suspended), "builds": []}
+    about = {"name": "box", "suspension": asdict(SUSPENDED), "builds": []}
     pack(home / "box.vmbundle", about, {}, SilentMeter())
     monkeypatch.setattr(carry, "resume", fake)
     assert run(["resume", "box.vmbundle", "--time-limit", "45m", "--suspend-to", str(home), *argv]) == 0
@@ -318,6 +318,31 @@ def test_help_tells_every_command_in_full_and_the_exit_codes(capsys: pytest.Capt
         assert f"{name} {command.get_short_help_str(200)}" in text
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text
+
+
+def test_help_of_a_group_tells_its_commands_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["images", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, command in cache.images.commands.items():
+        assert f"{name} {command.get_short_help_str(200)}" in text
+
+
+def test_help_tells_that_a_build_may_go_without_a_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", "--help"]) == 0
+    assert "build [OPTIONS] [PATH|-|URL]" in capsys.readouterr().out
+
+
+def test_a_console_that_is_not_there_is_not_connected_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["console", "nobody"]) == UsageError.exit_code
+    assert "onnect" not in capsys.readouterr().err
+
+
+def test_a_suspended_machine_is_gone_on_with_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operate, "suspend", lambda *_: SUSPENDED)
+    assert run(["suspend", "box"]) == 0
+    assert "`vmbuild up --name box`" in capsys.readouterr().err
 
 
 BUSY = MachineStatus(

@@ -132,7 +132,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.top": {"errors", "model", "ui", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "settings", "ui", "cli.options", "start", "stock", "machine.snapshot"},
     "cli.host": {"errors", "settings", "ui", "cli.options", "doctor"},
-    "cli.app": {"errors", *(f"cli.{name}" for name in COMMANDS)},
+    "cli.app": {"errors", "cli.options", *(f"cli.{name}" for name in COMMANDS)},
     "cli.program": {"errors", "ui", "cli.app"},
     "__main__": {"cli.program"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from vmbuild.cli import build, cache, host, machine, top
+from vmbuild.cli.options import Group
 from vmbuild.errors import EXIT_CODES
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -17,22 +18,15 @@ COMMANDS: tuple[click.Command, ...] = (
 """In the order in which people meet them."""
 
 
-class Commands(click.Group):
-    """The group: commands in the order in which people meet them, exit codes below them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(self.commands)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, each.get_short_help_str(200)) for name, each in self.commands.items()])
+class Program(Group):
+    """The group of all commands, exit codes below them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 
-@click.group(cls=Commands, commands=COMMANDS, context_settings=HELP)
+@click.group(cls=Program, commands=COMMANDS, context_settings=HELP)
 @click.version_option(package_name="vmbuild", prog_name="vmbuild")
 def app() -> None:
     """Build ARM container images on x86 hosts, in a full virtual machine."""

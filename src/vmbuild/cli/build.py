@@ -25,7 +25,7 @@ suspend_to_option = click.option(
 
 
 @click.command("build")
-@click.argument("context", metavar="PATH|-|URL", default=".")
+@click.argument("context", metavar="[PATH|-|URL]", default=".")
 @click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Name of the container image; repeatable.")
 @click.option("-f", "--file", "dockerfile", metavar="FILE", help="The Dockerfile; - reads it from standard input.")
 @click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]", help="A build argument; repeatable.")
@@ -158,7 +158,9 @@ def _check_job(job: dict[str, Any], as_json: bool) -> None:
     if job["platform"] not in ("linux/arm64", "linux/arm64/v8"):
         raise UsageError(f"this machine does not build for {job['platform']}", resolution="Use linux/arm64.")
     if job["context"] == "-" and job["dockerfile"] == "-":
-        raise UsageError("standard input cannot be both the context and the Dockerfile")
+        raise UsageError(
+            "standard input cannot be both the context and the Dockerfile", resolution="Give one of them as a file."
+        )
     if job["oom_retry"] and "-" in (job["context"], job["dockerfile"]):
         raise UsageError("what comes on standard input cannot be built again", resolution="Leave --oom-retry out.")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmbuild.cli.options import as_json, read_settings
+from vmbuild.cli.options import Group, as_json, read_settings
 from vmbuild.errors import GuestImageError
 from vmbuild.model import format_size
 from vmbuild.settings import machine_options
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vmbuild.machine.snapshot import Snapshot
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option("--snapshots", is_flag=True, help="List the snapshots that machines start from instead.")
 @as_json
 @click.pass_context

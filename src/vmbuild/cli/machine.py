@@ -130,11 +130,10 @@ def ssh(command: Sequence[str], **flags: Any) -> None:
 @name_option
 def console(positional: str | None, **flags: Any) -> None:
     """Connect to the serial console; Ctrl-] detaches."""
-    from vmbuild import operate
+    from vmbuild import operate, ui
 
     found = read_settings(flags, positional)
-    click.echo("Connected to the serial console; Ctrl-] detaches.", err=True)
-    operate.console(found["name"], found.home())
+    operate.console(found["name"], found.home(), ui.TerminalReporter())
 
 
 @click.command()
@@ -180,8 +179,8 @@ def suspend(positional: str | None, to: str | None, as_json: bool, **flags: Any)
     if as_json:
         ui.print_json(saved)
     else:
-        size = format_size(saved.size_bytes)
-        ui.say(f"The machine {found['name']} is suspended ({size}); `vmbuild up` goes on with it.")
+        name, size = found["name"], format_size(saved.size_bytes)
+        ui.say(f"The machine {name} is suspended ({size}); `vmbuild up --name {name}` goes on with it.")
 
 
 @click.command()

@@ -18,6 +18,17 @@ name_option = machine_options("name")
 name_argument = click.argument("positional", metavar="[NAME]", required=False)
 
 
+class Group(click.Group):
+    """Commands in the order in which people meet them, each told in full."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(200)) for name, each in self.commands.items()])
+
+
 def read_settings(flags: dict[str, Any], positional: str | None = None) -> Settings:
     """Return the settings that a command's options make; the machine's name may be an argument too."""
     if positional is not None and flags.get("name") not in (None, positional):
