@@ -300,6 +300,15 @@ def test_a_closed_standard_input_is_an_empty_one() -> None:
     assert "none is not a folder" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("destroy <&-", 2), ("status nobody >&-", 2), ("config >&-", 0), ("build ./none <&- >&- 2>&-", 2)],
+)
+def test_a_closed_stream_is_no_defect(command: str, code: int) -> None:
+    done = run_program(f'"$0" {command}')
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
 @pytest.mark.parametrize(("before", "code"), [("", 130), ("trap '' HUP; ", 0)], ids=["hang-up", "nohup"])
 def test_a_terminal_that_goes_interrupts_unless_it_is_ignored(tmp_path: Path, before: str, code: int) -> None:
     (tmp_path / "program.py").write_text(

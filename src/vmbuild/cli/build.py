@@ -191,8 +191,6 @@ def _terminal(progress: str, quiet: bool) -> tuple[int, int] | None:
 
 def _standard_input() -> BinaryIO:
     """Return standard input unbuffered: a thread that waits in a buffered read keeps Python from ending."""
-    if sys.stdin is None:  # closed by who started us
-        return open(os.devnull, "rb")  # noqa: PTH123
     return cast(BinaryIO, open(0, "rb", buffering=0, closefd=False))
 
 

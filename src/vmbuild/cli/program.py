@@ -17,11 +17,19 @@ from vmbuild.errors import INTERRUPTED, HungUp, UsageError, VmbuildError
 
 def main() -> NoReturn:
     """Run the program."""
+    _open_standard_streams()
     # How CI systems cancel: clean up as after Ctrl-C. And how a terminal says that it is gone: a build goes on then.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, _interrupt)
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed by who started us: Python has None in its place, and another file would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001
