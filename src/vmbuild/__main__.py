@@ -1,5 +1,5 @@
 """`python -m vmbuild`."""
 
-from vmbuild.cli import main
+from vmbuild.cli.program import main
 
 main()

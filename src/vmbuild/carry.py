@@ -83,7 +83,7 @@ def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter
             raise HostError(
                 error.brief,
                 details=error.details,
-                resolution=f"Nothing is lost: {files.name} stays suspended here, `vmbuild up` goes on with it.",
+                resolution=f"Nothing is lost: `vmbuild up --name {files.name}` goes on with it, here.",
             ) from error
 
 
@@ -91,6 +91,11 @@ def bundle_place(text: str, name: str) -> Path:
     """Return the file that a bundle of a machine is written to, for a file or a folder."""
     path = Path(text).expanduser()
     return path / f"{name}{SUFFIX}" if path.is_dir() or text.endswith("/") else path
+
+
+def name_for(path: Path, request: MachineRequest) -> str:
+    """Return the name that the machine in a bundle gets: the one that was asked for, else the one it had."""
+    return request.name if "name" in request.given else _About.read(_find_bundle(path)).name
 
 
 def resume(
@@ -103,7 +108,7 @@ def resume(
     """
     path = _find_bundle(path)
     about = _About.read(path)
-    request = replace(request, name=request.name if "name" in request.given else about.name)
+    request = replace(request, name=name_for(path, request))
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         if not _is_here(files, about):

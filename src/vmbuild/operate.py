@@ -163,10 +163,11 @@ def list_machines(home: Home) -> list[MachineStatus]:
     return lifetime.list_machines(home.state)
 
 
-def console(name: str, home: Home) -> None:
+def console(name: str, home: Home, report: Reporter) -> None:
     """Connect this terminal to the machine's serial console."""
     files = existing(name, home)
     lifetime.check_alive(files)
+    report.step("Connecting to the serial console; Ctrl-] detaches")
     serial.attach_console(files.console)
 
 

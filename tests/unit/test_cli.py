@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vmbuild import build, cli, operate, watch
+from vmbuild import build, carry, operate, watch
+from vmbuild.cli import cache, top
+from vmbuild.cli.app import app
+from vmbuild.cli.program import run
 from vmbuild.errors import (
     EXIT_CODES,
     BuildError,
@@ -23,11 +27,18 @@ from vmbuild.errors import (
     UsageError,
     VmbuildError,
 )
+from vmbuild.guard import Limits
 from vmbuild.guest.resources import Usage
+from vmbuild.machine.bundle import pack
+from vmbuild.machine.facts import Facts
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest, MachineStatus
+from vmbuild.report import SilentMeter
 from vmbuild.watch import Reading, Round
 
 Record = list[tuple[Any, ...]]
+NO_FACTS: dict[str, Any] = dict.fromkeys(Facts.__dataclass_fields__, 0)
+SUSPENDED = Suspension(Facts(**NO_FACTS), "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +77,7 @@ def test_an_error_becomes_its_exit_code_and_three_parts(
     kind: type[VmbuildError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(operate, "up", fail_with(kind("it broke [red]", details="the facts", resolution="do this")))
-    assert cli.run(["up"]) == kind.exit_code
+    assert run(["up"]) == kind.exit_code
     out, err = capsys.readouterr()
     assert out == ""
     for part in ("it broke [red]", "the facts", "do this"):
@@ -76,7 +87,7 @@ def test_an_error_becomes_its_exit_code_and_three_parts(
 def test_long_details_are_cut_to_their_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     details = "\n".join(f"line-{n}-" for n in range(100))
     monkeypatch.setattr(operate, "up", fail_with(HostError("x", details=details)))
-    cli.run(["up"])
+    run(["up"])
     err = capsys.readouterr().err
     assert "line-99-" in err
     assert "line-10-" not in err
@@ -84,13 +95,13 @@ def test_long_details_are_cut_to_their_end(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(operate, "up", fail_with(KeyboardInterrupt()))
-    assert cli.run(["up"]) == 130
+    assert run(["up"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(operate, "up", fail_with(ZeroDivisionError("oops")))
-    assert cli.run(["up"]) == 1
+    assert run(["up"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "defect in vmbuild" in err
@@ -98,7 +109,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize("argv", [["nonsense"], ["build", "--nonsense"], ["up", "--cpus", "no"], ["build", "a", "b"]])
 def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(argv) == 2
+    assert run(argv) == 2
     assert capsys.readouterr().err
 
 
@@ -107,7 +118,7 @@ def test_a_build_takes_dockers_options(built: Record, monkeypatch: pytest.Monkey
     argv = ["build", "ctx", "-t", "a:1", "-t", "b:2", "-f", "D", "--build-arg", "A=1", "--build-arg", "FROM_ENV"]
     argv += ["--build-arg", "NOT_SET", "--label", "l=1", "--target", "one", "--no-cache", "--pull", "-o", "x.tar"]
     argv += ["--iidfile", "iid", "--metadata-file", "meta", "--progress", "rawjson", "--cpus", "3", "--name", "n"]
-    assert cli.run(argv) == 0
+    assert run(argv) == 0
     request, job = built[0]
     assert (request.name, request.cpus) == ("n", 3)
     assert job == BuildRequest(
@@ -127,17 +138,17 @@ def test_a_build_takes_dockers_options(built: Record, monkeypatch: pytest.Monkey
 
 
 def test_quiet_prints_the_id_alone(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["build", "-q", "."]) == 0
+    assert run(["build", "-q", "."]) == 0
     assert capsys.readouterr() == ("sha256:abc\n", "")
 
 
 def test_json_is_all_there_is_on_standard_output(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["build", "--json", "-t", "a:1", "."]) == 0
+    assert run(["build", "--json", "-t", "a:1", "."]) == 0
     assert json.loads(capsys.readouterr().out)["tags"] == ["a:1"]
 
 
 def test_nothing_but_the_archive_goes_to_standard_output(built: Record, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["build", "-o", "-", "-q", "."]) == 0
+    assert run(["build", "-o", "-", "-q", "."]) == 0
     assert capsys.readouterr().out == ""
 
 
@@ -147,24 +158,24 @@ def test_nothing_but_the_archive_goes_to_standard_output(built: Record, capsys: 
     ids=str,
 )
 def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str]) -> None:
-    assert cli.run(["build", *argv]) == 2
+    assert run(["build", *argv]) == 2
     assert built == []
 
 
 def test_destroy_does_not_ask_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operate, "destroy", fail_with(AssertionError("destroyed")))
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: PTH123, SIM115
-    assert cli.run(["destroy"]) == 2
+    assert run(["destroy"]) == 2
 
 
 def test_a_machine_that_is_not_there_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["status", "nobody"]) == 2
+    assert run(["status", "nobody"]) == 2
     assert "no machine named nobody" in capsys.readouterr().err
-    assert cli.run(["status", "one", "--name", "two"]) == 2
+    assert run(["status", "one", "--name", "two"]) == 2
 
 
 def test_no_machines_is_an_empty_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["list", "--json"]) == 0
+    assert run(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
 
 
@@ -172,14 +183,14 @@ def test_status_is_a_table_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     now = MachineStatus("m", "running", pid=7, ssh_port=1234, rss_bytes=2**30, folder=Path("/x"))
     monkeypatch.setattr(operate, "status", lambda *_: now)
     monkeypatch.setattr(operate, "usage", lambda *_: Usage(2, 0.5, 2000, 300, 5 * 2**20, 61.5))
-    assert cli.run(["status"]) == 0
+    assert run(["status"]) == 0
     rows = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert {"rss bytes 1.0 GiB", "guest: memory used mib 300.0 MiB", "guest: uptime s 62 s"} <= rows
-    assert cli.run(["status", "--json"]) == 0
+    assert run(["status", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["ssh_port"], told["guest"]["cpus_online"]) == (1234, 2)
     monkeypatch.setattr(operate, "usage", lambda *_: None)
-    assert cli.run(["status", "--json"]) == 0
+    assert run(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["guest"] is None
 
 
@@ -191,23 +202,24 @@ def test_ssh_passes_everything_behind_the_dashes_and_the_exit_code(monkeypatch: 
         return 42
 
     monkeypatch.setattr(operate, "run_in_guest", fake)
-    assert cli.run(["ssh", "--name", "m", "--", "ls", "--name", "-h"]) == 42
+    assert run(["ssh", "--name", "m", "--", "ls", "--name", "-h"]) == 42
     assert calls[0][:2] == ("m", ("ls", "--name", "-h"))
 
 
 def test_the_shipped_image_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["images", "--json"]) == 0
+    assert run(["images", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"]: row["digest"] for row in rows}["debian-13-arm64"] is None
 
 
 def test_config_shows_where_a_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["config", "--json", "--memory", "1G"]) == 0
+    assert run(["config", "--json", "--memory", "1G"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"] == {"value": 2**30, "origin": "--memory"}
 
 
 def test_help_tells_every_exit_code_and_imports_nothing_heavy() -> None:
-    script = "import sys; from vmbuild import cli; cli.run(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    script = "import sys; from vmbuild.cli.program import run; run(['--help']); "
+    script += "print(sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
     for code in EXIT_CODES:
         assert f"\n  {code} " in done.stdout
@@ -219,7 +231,7 @@ def test_a_folder_that_is_gone_is_told(home: Path, capsys: pytest.CaptureFixture
     (home / "gone").mkdir()
     os.chdir(home / "gone")
     (home / "gone").rmdir()
-    assert cli.run(["config"]) == 3
+    assert run(["config"]) == 3
     assert "folder" in capsys.readouterr().err
 
 
@@ -227,30 +239,46 @@ def test_a_machine_whose_facts_are_lost_is_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(operate, "list_machines", lambda _: [MachineStatus("m", "broken")])
-    assert cli.run(["list"]) == 0
+    assert run(["list"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["m", "broken", "-", "-", "-", "-"]
 
 
 def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operate, "logs", fail_with(AssertionError("asked")))
-    assert cli.run(["logs", "--lines", "-5"]) == 2
+    assert run(["logs", "--lines", "-5"]) == 2
 
 
 def test_a_docker_archive_is_named_as_docker_names_it(built: Record, home: Path) -> None:
-    assert cli.run(["build", str(home), "-o", "type=docker,dest=out.tar"]) == 0
+    assert run(["build", str(home), "-o", "type=docker,dest=out.tar"]) == 0
     assert built[0][1].output == "out.tar"
 
 
 @pytest.mark.parametrize("output", ["type=oci,dest=x.tar", "type=local,dest=x", "type=docker", "dest=x", "type=image"])
 def test_what_cannot_be_written_is_refused(built: Record, output: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["build", "-o", output]) == UsageError.exit_code
+    assert run(["build", "-o", output]) == UsageError.exit_code
     assert output in capsys.readouterr().err
     assert built == []
 
 
 def test_rawjson_comes_alone(built: Record, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["build", str(home), "--progress", "rawjson"]) == 0
+    assert run(["build", str(home), "--progress", "rawjson"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("argv", "name"), [([], "box"), (["--name", "other"], "other")], ids=["its own", "another"])
+def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
+    argv: list[str], name: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[Limits] = []
+
+    def fake(path: Path, request: MachineRequest, given: Limits, *args: object, **streams: object) -> None:
+        limits.append(given)
+
+    about = {"name": "box", "suspension": asdict(SUSPENDED), "builds": []}
+    pack(home / "box.vmbundle", about, {}, SilentMeter())
+    monkeypatch.setattr(carry, "resume", fake)
+    assert run(["resume", "box.vmbundle", "--time-limit", "45m", "--suspend-to", str(home), *argv]) == 0
+    assert limits[0].suspend_to == home / f"{name}.vmbundle"
 
 
 def run_program(script: str) -> subprocess.CompletedProcess[str]:
@@ -272,24 +300,58 @@ def test_a_closed_standard_input_is_an_empty_one() -> None:
     assert "none is not a folder" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("destroy <&-", 2), ("status nobody >&-", 2), ("config >&-", 0), ("build ./none <&- >&- 2>&-", 2)],
+)
+def test_a_closed_stream_is_no_defect(command: str, code: int) -> None:
+    done = run_program(f'"$0" {command}')
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
 @pytest.mark.parametrize(("before", "code"), [("", 130), ("trap '' HUP; ", 0)], ids=["hang-up", "nohup"])
 def test_a_terminal_that_goes_interrupts_unless_it_is_ignored(tmp_path: Path, before: str, code: int) -> None:
     (tmp_path / "program.py").write_text(
-        "import os, signal, sys\nfrom vmbuild import cli\n"
-        "cli.run = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
-        "try:\n    cli.main()\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+        "import os, signal, sys\nfrom vmbuild.cli import main, program\n"
+        "program.run = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "try:\n    main()\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
     )
     done = subprocess.run(["sh", "-c", f'{before}exec "{sys.executable}" {tmp_path}/program.py'], check=False)
     assert done.returncode == code
 
 
 def test_help_tells_every_command_in_full_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--help"]) == 0
+    assert run(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, command in cli.app.commands.items():
+    for name, command in app.commands.items():
         assert f"{name} {command.get_short_help_str(200)}" in text
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text
+
+
+def test_help_of_a_group_tells_its_commands_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["images", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, command in cache.images.commands.items():
+        assert f"{name} {command.get_short_help_str(200)}" in text
+
+
+def test_help_tells_that_a_build_may_go_without_a_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["build", "--help"]) == 0
+    assert "build [OPTIONS] [PATH|-|URL]" in capsys.readouterr().out
+
+
+def test_a_console_that_is_not_there_is_not_connected_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["console", "nobody"]) == UsageError.exit_code
+    assert "onnect" not in capsys.readouterr().err
+
+
+def test_a_suspended_machine_is_gone_on_with_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(operate, "suspend", lambda *_: SUSPENDED)
+    assert run(["suspend", "box"]) == 0
+    assert "`vmbuild up --name box`" in capsys.readouterr().err
 
 
 BUSY = MachineStatus(
@@ -324,10 +386,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Record:
 
 
 def test_top_shows_a_round_after_the_other_until_ctrl_c(watched: Record, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["top"]) == 0
+    assert run(["top"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:3] == [
-        list(cli.TOP_COLUMNS),
+        list(top.COLUMNS),
         ["box", "restored", "2/4", "153%", "0.50", "300M/1.0G", "1.0G", "1.1G/1.5G/40G", "3m07s", "40222"],
         ["hung", "broken", "-/-", "-", "-", "-/-", "-", "-/-/-", "-", "-"],
     ]
@@ -336,7 +398,7 @@ def test_top_shows_a_round_after_the_other_until_ctrl_c(watched: Record, capsys:
 
 
 def test_top_ends_after_so_many_rounds(watched: Record, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["top", "box", "-n", "2", "-d", "0.5", "--json"]) == 0
+    assert run(["top", "box", "-n", "2", "-d", "0.5", "--json"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
     told = json.loads(first)
@@ -351,14 +413,14 @@ def test_top_ends_after_so_many_rounds(watched: Record, capsys: pytest.CaptureFi
     "argv", [["-d", "0"], ["-d", "nan"], ["-d", "inf"], ["-n", "-1"], ["a", "--name", "b"]], ids=str
 )
 def test_a_view_that_cannot_be_is_refused(watched: Record, argv: list[str]) -> None:
-    assert cli.run(["top", *argv]) == 2
+    assert run(["top", *argv]) == 2
     assert watched == []
 
 
 def test_top_of_all_is_not_of_the_machine_in_the_environment(watched: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VMBUILD_NAME", "box")
-    assert cli.run(["top", "-n", "1"]) == 0
-    assert cli.run(["top", "-n", "1", "--name", "other"]) == 0
+    assert run(["top", "-n", "1"]) == 0
+    assert run(["top", "-n", "1", "--name", "other"]) == 0
     assert [call[0] for call in watched] == [None, "closed", "other", "closed"]
 
 
@@ -366,11 +428,11 @@ def test_top_of_all_is_not_of_the_machine_in_the_environment(watched: Record, mo
     ("seconds", "shown"), [(0.9, "0m00s"), (187, "3m07s"), (7_384, "2h03m"), (190_000, "2d04h"), (None, None)]
 )
 def test_times_in_a_narrow_column(seconds: float | None, shown: str | None) -> None:
-    assert cli._span(seconds) == shown
+    assert top._span(seconds) == shown
 
 
 @pytest.mark.parametrize(
     ("size", "shown"), [(0, "0B"), (9 * 2**20, "9.0M"), (2**30 - 1, "1024M"), (40 * 2**30, "40G"), (None, None)]
 )
 def test_sizes_in_a_narrow_column(size: int | None, shown: str | None) -> None:
-    assert cli._short(size) == shown
+    assert top._short(size) == shown

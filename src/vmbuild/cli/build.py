@@ -1,0 +1,217 @@
+"""The commands that make container images: build, follow a build, go on with one, make a base image."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import click
+
+from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options
+from vmbuild.errors import UsageError
+from vmbuild.model import BuildRequest, BuildResult, format_size
+from vmbuild.settings import BUILD_LIMITS, Settings, machine_options
+
+if TYPE_CHECKING:
+    from vmbuild.guard import Limits
+
+limit_options = machine_options(*BUILD_LIMITS)
+suspend_to_option = click.option(
+    "--suspend-to", metavar="FILE|DIR", help="Where the bundle goes that --time-limit makes; without: stay here."
+)
+
+
+@click.command("build")
+@click.argument("context", metavar="[PATH|-|URL]", default=".")
+@click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Name of the container image; repeatable.")
+@click.option("-f", "--file", "dockerfile", metavar="FILE", help="The Dockerfile; - reads it from standard input.")
+@click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]", help="A build argument; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
+@click.option("--target", metavar="STAGE", help="Build this stage and stop.")
+@click.option("--platform", default="linux/arm64", show_default=True, help="The platform to build for.")
+@click.option("--no-cache", is_flag=True, help="Do not use the build cache.")
+@click.option("--pull", is_flag=True, help="Ask the registry for newer base images.")
+@click.option("--progress", type=click.Choice(["auto", "plain", "tty", "rawjson"]), default="auto", show_default=True)
+@click.option("-o", "--output", metavar="FILE|-", help="Write the container image as a docker archive; - is stdout.")
+@click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
+@click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
+@click.option("--oom-retry", is_flag=True, help="Build again with more memory what runs out of it.")
+@limit_options
+@suspend_to_option
+@start_options
+@as_json
+def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | None, **flags: Any) -> None:
+    """Build a container image in the machine, starting it when it does not run."""
+    from vmbuild import build, carry, ui
+
+    begun = time.monotonic()
+    job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
+    job = {key: flags.pop(key) for key in job_keys}
+    _check_job(job, as_json)
+    found = read_settings(flags)
+    terminal = _terminal(progress, quiet)
+    request = BuildRequest(
+        **{**job, "build_args": tuple(map(_from_environment, job["build_args"]))},
+        progress="plain" if progress == "auto" and terminal is None else progress,
+        terminal=terminal,
+        quiet=quiet,
+    )
+    is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
+    reporter = ui.TerminalReporter(quiet=quiet or is_pure)
+    limits = _limits(found, found["name"], suspend_to, begun)
+    with _standard_input() as stdin:
+        arguments = (found.as_request(), request, found.home(), reporter)
+        result = carry.within(
+            *(limits, found["name"], found.home(), reporter),
+            lambda guard: build.build(*arguments, stdin=stdin, stdout=sys.stdout.buffer, watch=guard),
+        )
+    _show_result(result, as_json=as_json, quiet=quiet, silent=is_pure)
+
+
+@click.command()
+@name_argument
+@name_option
+@click.option("--build", "build_id", metavar="ID", help="Which build, where several run.")
+@limit_options
+@suspend_to_option
+@as_json
+def attach(positional: str | None, build_id: str | None, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
+    """Show a build that runs in the machine, whatever became of its command, and finish it as that would have."""
+    from vmbuild import carry, follow, ui
+
+    begun = time.monotonic()
+    found = read_settings(flags, positional)
+    reporter = ui.TerminalReporter()
+    arguments = (found["name"], build_id, found.home(), reporter)
+    result = carry.within(
+        *(_limits(found, found["name"], suspend_to, begun), found["name"], found.home(), reporter),
+        lambda guard: follow.attach(*arguments, stdout=sys.stdout.buffer, watch=guard),
+    )
+    _show_end(result, as_json=as_json)
+
+
+@click.command()
+@click.argument("bundle", metavar="FILE|DIR", type=click.Path(path_type=Path))
+@machine_options("name", "timeout", "mirror", "security_mirror")
+@limit_options
+@suspend_to_option
+@as_json
+def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
+    """Go on with the machine in a bundle, and finish the build in it as its command would have."""
+    from vmbuild import carry, ui
+
+    begun = time.monotonic()
+    found = read_settings(flags)
+    request = found.as_request()
+    limits = _limits(found, carry.name_for(bundle, request), suspend_to, begun)
+    result = carry.resume(bundle, request, limits, found.home(), ui.TerminalReporter(), stdout=sys.stdout.buffer)
+    _show_end(result, as_json=as_json)
+
+
+@click.command()
+@click.argument("reference", metavar="DEBIAN:SUITE-slim")
+@click.option("--platform", default="linux/arm64", show_default=True, help="The platform of the base image.")
+@click.option("--force", is_flag=True, help="Make it also when the machine has one by this name.")
+@start_options
+@as_json
+def base(reference: str, platform: str, force: bool, as_json: bool, **flags: Any) -> None:
+    """Make a Debian base image from signed packages, where no registry can be reached."""
+    from vmbuild import build, ui
+
+    found = read_settings(flags)
+    reporter = ui.TerminalReporter()
+    identity = build.base(found.as_request(), reference, found.home(), reporter, platform=platform, force=force)
+    if as_json:
+        ui.print_json({"reference": reference, "platform": platform, "image_id": identity})
+    else:
+        ui.say(f"FROM {reference} works now ({identity}).")
+
+
+def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) -> Limits:
+    """Return what a build in a machine may cost that was asked for at `begun`, on the monotonic clock."""
+    from vmbuild import carry
+    from vmbuild.guard import Limits
+
+    seconds = found["time_limit"]
+    if suspend_to is not None and seconds is None:
+        raise UsageError("--suspend-to says where, but nothing says when", resolution="Add --time-limit, such as 45m.")
+    limits = Limits(
+        ends_at=None if seconds is None else begun + seconds,
+        reserve_s=found["reserve"],
+        suspend_to=carry.bundle_place(suspend_to, name) if suspend_to else None,
+        stall_timeout_s=found["stall_timeout"],
+    )
+    carry.check_limits(limits, seconds)
+    return limits
+
+
+def _check_job(job: dict[str, Any], as_json: bool) -> None:
+    job["output"] = _read_output(job["output"])
+    if job["output"] == "-" and sys.stdout.isatty():
+        raise UsageError("cannot write an archive to a terminal", resolution="Use -o FILE, or redirect.")
+    if job["output"] == "-" and as_json:
+        raise UsageError("standard output cannot carry both the archive and JSON", resolution="Use -o FILE.")
+    if job["platform"] not in ("linux/arm64", "linux/arm64/v8"):
+        raise UsageError(f"this machine does not build for {job['platform']}", resolution="Use linux/arm64.")
+    if job["context"] == "-" and job["dockerfile"] == "-":
+        raise UsageError(
+            "standard input cannot be both the context and the Dockerfile", resolution="Give one of them as a file."
+        )
+    if job["oom_retry"] and "-" in (job["context"], job["dockerfile"]):
+        raise UsageError("what comes on standard input cannot be built again", resolution="Leave --oom-retry out.")
+
+
+def _read_output(text: str | None) -> str | None:
+    """Return where -o points, written as a file or as Docker writes it: type=docker,dest=FILE."""
+    if text is None or not text.startswith(("type=", "dest=")):
+        return text
+    fields = dict(part.partition("=")[::2] for part in text.split(","))
+    if fields.keys() != {"type", "dest"} or fields["type"] != "docker":
+        raise UsageError(
+            f"vmbuild cannot write {text}", resolution="Use -o FILE or -o type=docker,dest=FILE, a docker archive."
+        )
+    return fields["dest"]
+
+
+def _from_environment(argument: str) -> str:
+    """Return KEY=VALUE for a bare KEY, taken from the host's environment as docker does."""
+    return argument if "=" in argument or argument not in os.environ else f"{argument}={os.environ[argument]}"
+
+
+def _terminal(progress: str, quiet: bool) -> tuple[int, int] | None:
+    if progress == "tty" or (progress == "auto" and not quiet and sys.stderr.isatty()):
+        size = os.get_terminal_size(sys.stderr.fileno()) if sys.stderr.isatty() else os.terminal_size((100, 30))
+        return size.columns, size.lines
+    return None
+
+
+def _standard_input() -> BinaryIO:
+    """Return standard input unbuffered: a thread that waits in a buffered read keeps Python from ending."""
+    return cast(BinaryIO, open(0, "rb", buffering=0, closefd=False))
+
+
+def _show_result(result: BuildResult, *, as_json: bool, quiet: bool, silent: bool) -> None:
+    from vmbuild import ui
+
+    if as_json:
+        ui.print_json(result)
+    elif quiet and result.output != "-":
+        click.echo(result.image_id)
+    elif not quiet and not silent:
+        wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if result.output else ""
+        ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
+
+
+def _show_end(result: BuildResult | None, *, as_json: bool) -> None:
+    from vmbuild import ui
+
+    if result is not None:
+        _show_result(result, as_json=as_json, quiet=False, silent=False)
+    elif as_json:
+        ui.print_json(None)
+    else:
+        ui.say("No build is left in it to finish.")
