@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from vmbuild.deadline import Deadline
-from vmbuild.errors import GuestError, MachineError, UsageError
+from vmbuild.errors import GuestError, MachineError, SuspendedError, UsageError
 from vmbuild.guest import ready, resources, terminal
 from vmbuild.machine import lifetime, serial, suspension
 from vmbuild.machine.files import MachineFiles
@@ -110,7 +110,7 @@ def usage(name: str, home: Home) -> resources.Usage | None:
     try:
         with running_session(name, home, USAGE_S) as session:
             return resources.read_usage(session)
-    except (MachineError, GuestError):
+    except (MachineError, SuspendedError, GuestError):
         return None
 
 
