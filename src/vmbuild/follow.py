@@ -116,8 +116,17 @@ def to_the_end(running: Running, home: Home, report: Reporter, *, stdout: Binary
 
 
 def _end_to_end(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
+    _check_places(running.record)
     with _ended_after(running):
         return _finish(running, home, report, stdout, watch)
+
+
+def _check_places(asked: BuildRecord) -> None:
+    """See that what comes of a build can be written, before its end hangs on that. Raises UsageError or HostError."""
+    archive.check_output(asked.output_place)
+    for path in filter(None, (asked.place(asked.iidfile), asked.place(asked.metadata_file))):
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}", resolution="Make its folder; the build goes on meanwhile.")
 
 
 @contextmanager
@@ -143,7 +152,6 @@ def _end(running: Running) -> None:
 
 def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
     asked, session, size = running.record, running.session, 0
-    archive.check_output(asked.output_place)
     with archive.open_output(asked.output_place, stdout) as out:
         report.step("Building")
         with _explaining_memory(running), _explaining_stall(running):
