@@ -140,7 +140,7 @@ def _ended_after(running: Running) -> Iterator[None]:
         with suppress(VmbuildError):  # a machine that is gone, or stands still, keeps the build
             _end(running)
         raise
-    with suppress(GuestError):  # the build is done
+    with suppress(VmbuildError):  # the build is done, whatever becomes of its machine now
         _end(running)
         resources.trim_later(running.session)
 
