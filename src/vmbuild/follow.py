@@ -26,7 +26,7 @@ from vmbuild.errors import (
     VmbuildError,
 )
 from vmbuild.guest import archive, docker, job, oom, resources
-from vmbuild.guest.session import ConnectionLostError, Session, capture
+from vmbuild.guest.session import ConnectionLostError, Session, WrongHostKeyError, capture
 from vmbuild.image import base as base_image
 from vmbuild.lock import attempt, hold
 from vmbuild.machine import lifetime, serial
@@ -192,6 +192,8 @@ def _reconnect(session: Session) -> None:
     while True:
         try:
             return session.reopen(limit)
+        except WrongHostKeyError:
+            raise
         except GuestError:
             if limit.passed:
                 raise
