@@ -26,7 +26,7 @@ from vmbuild.errors import (
     VmbuildError,
 )
 from vmbuild.guest import archive, docker, job, oom, resources
-from vmbuild.guest.session import ConnectionLostError, Session, capture
+from vmbuild.guest.session import ConnectionLostError, Session, WrongHostKeyError, capture
 from vmbuild.image import base as base_image
 from vmbuild.lock import attempt, hold
 from vmbuild.machine import lifetime, serial
@@ -116,8 +116,17 @@ def to_the_end(running: Running, home: Home, report: Reporter, *, stdout: Binary
 
 
 def _end_to_end(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
+    _check_places(running.record)
     with _ended_after(running):
         return _finish(running, home, report, stdout, watch)
+
+
+def _check_places(asked: BuildRecord) -> None:
+    """See that what comes of a build can be written, before its end hangs on that. Raises UsageError or HostError."""
+    archive.check_output(asked.output_place)
+    for path in filter(None, (asked.place(asked.iidfile), asked.place(asked.metadata_file))):
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}", resolution="Make its folder; the build goes on meanwhile.")
 
 
 @contextmanager
@@ -131,7 +140,7 @@ def _ended_after(running: Running) -> Iterator[None]:
         with suppress(VmbuildError):  # a machine that is gone, or stands still, keeps the build
             _end(running)
         raise
-    with suppress(GuestError):  # the build is done
+    with suppress(VmbuildError):  # the build is done, whatever becomes of its machine now
         _end(running)
         resources.trim_later(running.session)
 
@@ -143,7 +152,6 @@ def _end(running: Running) -> None:
 
 def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
     asked, session, size = running.record, running.session, 0
-    archive.check_output(asked.output_place)
     with archive.open_output(asked.output_place, stdout) as out:
         report.step("Building")
         with _explaining_memory(running), _explaining_stall(running):
@@ -184,6 +192,8 @@ def _reconnect(session: Session) -> None:
     while True:
         try:
             return session.reopen(limit)
+        except WrongHostKeyError:
+            raise
         except GuestError:
             if limit.passed:
                 raise

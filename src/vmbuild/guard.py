@@ -65,8 +65,8 @@ class Guard(Watch):
             return  # who follows the build will find out, and say it
         if self._limits.stall_timeout_s is not None:
             self._look_for_stall(pid, now, self._limits.stall_timeout_s)
-        if self._limits.ends_at is not None and now + self._needed_s(pid) >= self._limits.ends_at:
-            raise TimeIsUp
+        if self._limits.ends_at is not None and self._next_look + self._needed_s(pid) >= self._limits.ends_at:
+            raise TimeIsUp  # the next look would be too late
 
     def _look_for_stall(self, pid: int, now: float, timeout_s: float) -> None:
         used = process.cpu_seconds(pid)

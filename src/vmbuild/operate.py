@@ -68,7 +68,8 @@ def suspend(name: str, home: Home, report: Reporter) -> Suspension:
     """
     files = existing(name, home)
     with lifetime.lock(files, report):
-        if (found := suspension.find(files)) is not None and lifetime.status(files).state == "suspended":
+        if (found := suspension.find(files)) is not None and lifetime.status(files).state in ("suspended", "paused"):
+            lifetime.stop(files, Deadline.after(0))  # of one whose suspending was cut short behind the note
             return found
         report.step(f"Suspending the machine {name}")
         return lifetime.suspend(files, Deadline.after(SAVE_S))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zstandard
 
+from tests.unit.building import IMAGE, Guest
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
@@ -23,61 +20,12 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, UsageError
 from vmbuild.follow import Watch
 from vmbuild.guest import docker, job, ready
-from vmbuild.guest.archive import BLOBS
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus
 from vmbuild.report import SilentReporter
 
-CONFIG = b"{}"
-CONFIG_DIGEST = hashlib.sha256(CONFIG).hexdigest()
-MANIFEST = json.dumps(
-    {
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"digest": f"sha256:{CONFIG_DIGEST}", "size": len(CONFIG), "mediaType": "config+gzip"},
-        "layers": [],
-    }
-).encode()
-IMAGE = f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
-
-
-class Guest(FakeSession):
-    """A guest in which every build succeeds, or ends with `code`."""
-
-    def __init__(self, code: int = 0, log: bytes = b"") -> None:
-        super().__init__(
-            (("cat", "/w/metadata.json"), Reply(stdout=json.dumps({"containerimage.digest": IMAGE}).encode())),
-            (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
-            (("cat",), Reply(stdout=MANIFEST)),
-            ((job.PROGRAM, "follow"), Reply(code)),
-            ((job.PROGRAM,), Reply()),
-            (("rm",), Reply()),
-            (("cut",), Reply(stdout=b"50.0\n")),
-            (("dmesg",), Reply(stdout=log)),
-        )
-        self.code = code
-
-    def run(self, argv: Sequence[str], **options: Any) -> int:
-        if argv[0] == "sh":
-            self.table = ((("sh",), self._shell(argv)), *[row for row in self.table if row[0] != ("sh",)])
-        return super().run(argv, **options)
-
-    def _shell(self, argv: Sequence[str]) -> Reply:
-        if "mktemp" in argv[2]:
-            return Reply(stdout=b"/w\n")
-        return Reply()
-
-    def shells(self, word: str) -> list[Any]:
-        """Return the shell calls that have this word among their arguments."""
-        return [call for call in self.ran("sh") if word in call.argv]
-
-    def sent_names(self) -> list[str]:
-        """Return the names in the context that was sent."""
-        (call,) = self.shells("unpack")
-        plain = zstandard.ZstdDecompressor().decompressobj().decompress(call.stdin)
-        with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
-            return tar.getnames()
 
 
 @pytest.fixture

@@ -99,6 +99,6 @@ def _wait(qmp: Qmp, deadline: Deadline, what: str) -> None:
             return
         if status in ("failed", "cancelled"):
             raise MachineError(f"the machine's state could not be {what}", details=str(found.get("error-desc", "")))
-        if deadline.passed:
-            raise MachineError(f"the machine's state was not {what} in time")
         deadline.sleep(0.02)
+        if deadline.passed:  # QEMU is not asked again: it could not answer in time either
+            raise MachineError(f"the machine's state was not {what} in time")
