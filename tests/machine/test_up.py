@@ -104,6 +104,16 @@ def test_a_clock_that_is_late_is_set(machine: Cli) -> None:
     assert abs(int(machine.guest("date +%s")) - time.time()) <= 5
 
 
+@pytest.mark.parametrize("program", ["containerd", "dockerd"])
+def test_docker_comes_back_after_a_crash(machine: Cli, program: str) -> None:
+    before = machine.guest(f"pidof {program}")
+    machine.guest(f"killall -KILL {program}")
+    wait_until(lambda: machine.run("ssh", "--", "docker", "image", "prune", "--force").code == 0, "Docker answers", 60)
+    after = machine.guest(f"pidof {program}").split()
+    assert len(after) == 1 and after != before.split()
+    assert machine.guest("pidof containerd dockerd | wc -w").strip() == "2"
+
+
 def test_killed_qemu_costs_no_data(machine: Cli) -> None:
     machine.guest("echo kept >/var/lib/vmbuild/kept; sync")
     pid = machine.ok("status", "--json").json()["pid"]

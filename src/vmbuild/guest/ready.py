@@ -44,7 +44,7 @@ CHECKS = (
         "Docker answers",
         PING,
         "A larger --timeout helps on a busy host; the log of Docker is in the guest: /var/log/docker.log.",
-        "tail -n 20 /var/log/docker.log",
+        "tail -n 20 /var/log/containerd.log /var/log/docker.log",
     ),
 )
 
