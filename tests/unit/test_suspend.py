@@ -14,7 +14,8 @@ import pytest
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import build, cli, operate, process, start
+from vmbuild import build, operate, process, start
+from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError, SuspendedError, UsageError
 from vmbuild.guest import ready
@@ -294,7 +295,7 @@ def test_who_wants_its_guest_is_told_how_to_get_it(
     files: MachineFiles, edge: None, argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = kept(files)
-    assert cli.run(argv) == SuspendedError.exit_code == 75
+    assert program.run(argv) == SuspendedError.exit_code == 75
     err = " ".join(capsys.readouterr().err.split())
     assert "the machine box is suspended" in err
     assert "vmbuild up --name box" in err
@@ -302,20 +303,20 @@ def test_who_wants_its_guest_is_told_how_to_get_it(
 
 
 def test_status_and_list_show_it(files: MachineFiles, edge: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["status", "--json"]) == 0
+    assert program.run(["status", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["state"], found["guest"], found["pid"]) == ("suspended", None, None)
-    assert cli.run(["list", "--json"]) == 0
+    assert program.run(["list", "--json"]) == 0
     assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["suspended"]
 
 
 def test_suspend_up_and_down_at_the_edge(files: MachineFiles, edge: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["suspend", "--json"]) == 0
+    assert program.run(["suspend", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["digest"] == kept(files).digest
-    assert cli.run(["up", "--timeout", "20s"]) == 0
-    assert cli.run(["suspend"]) == 0
+    assert program.run(["up", "--timeout", "20s"]) == 0
+    assert program.run(["suspend"]) == 0
     assert "is suspended" in " ".join(capsys.readouterr().err.split())
-    assert cli.run(["down"]) == 0
+    assert program.run(["down"]) == 0
     assert "is down" in " ".join(capsys.readouterr().err.split())
 
 
