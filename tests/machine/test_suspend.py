@@ -81,10 +81,13 @@ def test_a_compilation_goes_on_elsewhere_to_the_same_bytes(awake: Cli, tmp_path:
     took_s = time.monotonic() - begun
     assert took_s > 60, "the compilation is to take more than a minute"
 
-    limit = ("--time-limit", f"{round(took_s / 2)}s", "--reserve", "1s", "--suspend-to", str(bundles))
-    cut = awake.run(*build, "-o", "cut.tar", *limit, cwd=tmp_path)
-    assert cut.code == SUSPENDED, cut.err
-    assert "compiling" in cut.err
+    running = awake.start(*build, "-o", "cut.tar", cwd=tmp_path)
+    wait_until(lambda: "compiling" in log_of(awake), "it compiles", 120)
+    time.sleep(took_s / 4)
+    awake.ok("suspend", "--to", f"{bundles}/")
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == SUSPENDED, err.decode()
+    assert b"compiling" in err
     assert not (tmp_path / "cut.tar").exists()
     assert state_of(awake) == "suspended"
 
@@ -100,6 +103,27 @@ def test_a_compilation_goes_on_elsewhere_to_the_same_bytes(awake: Cli, tmp_path:
         assert keys[0] != keys[1]
     finally:
         other.ok("destroy", "--yes")
+
+
+def test_a_time_limit_ends_in_a_bundle_before_it_comes(awake: Cli, tmp_path: Path) -> None:
+    slow_build(tmp_path / "context", 500)
+    bundle = tmp_path / "kept.vmbundle"
+    begun = time.monotonic()
+    limits = ("--time-limit", "60s", "--reserve", "20s", "--suspend-to", str(bundle))
+    done = awake.run("build", str(tmp_path / "context"), "-t", "never:1", *limits)
+    assert done.code == SUSPENDED, done.err
+    assert time.monotonic() - begun < 60
+    assert f"vmbuild resume {bundle}" in done.err
+    assert bundle.stat().st_mode & 0o777 == 0o600
+    # The next job has as little time: it takes over, and hands over again.
+    other = elsewhere(awake, tmp_path / "other")
+    try:
+        again = other.run("resume", str(bundle), *limits[:-1], str(tmp_path / "next.vmbundle"))
+        assert again.code == SUSPENDED, again.err
+        assert (tmp_path / "next.vmbundle").exists()
+    finally:
+        other.ok("destroy", "--yes")
+    awake.ok("down")
 
 
 def large_program() -> str:
