@@ -143,7 +143,7 @@ def test_ctrl_c_while_it_is_loaded_leaves_it_suspended(
     up(home)
 
 
-def test_one_that_was_loaded_and_left_goes_on_where_it_stands(
+def test_one_that_was_loaded_and_left_begins_again(
     home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the loading and the note: the QEMU that has the memory is paused, and the note still there."""
@@ -156,7 +156,7 @@ def test_one_that_was_loaded_and_left_goes_on_where_it_stands(
         up(home)
     assert operate.status("box", home).state == "paused"
     assert files.suspension.exists()
-    assert up(home) == ["Resuming the machine box"]
+    assert up(home) == ["Going on with the suspended machine box"]
     assert not files.suspension.exists()
     assert not files.memory.exists()
 
