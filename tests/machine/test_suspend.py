@@ -72,7 +72,8 @@ def test_a_compilation_goes_on_elsewhere_to_the_same_bytes(awake: Cli, tmp_path:
     (context / "large.c").write_text(large_program())
     (context / "Dockerfile").write_text(
         "FROM tools:1\nCOPY large.c /\n"  # a folder of its own would have the time of the build
-        "RUN --mount=type=tmpfs,target=/tmp echo compiling && gcc -O2 -o /large /large.c && /large && touch -d @0 /large\n"
+        "RUN --mount=type=tmpfs,target=/tmp echo compiling && gcc -O2 -o /large /large.c &&"
+        " /large && touch -d @0 /large\n"
     )
     build = ("build", str(context), "--no-cache", "--build-arg", "SOURCE_DATE_EPOCH=0", "--progress", "plain")
     begun = time.monotonic()
