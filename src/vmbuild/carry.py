@@ -18,6 +18,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import probe
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BuildResult, Home, MachineRequest, MachineSpec
+from vmbuild.plain import read_plain
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import existing, image_of, open_session
@@ -136,8 +137,10 @@ class _About:
     """What a bundle says of itself."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self.name = str(data["name"])
-        self.suspension = Suspension.from_data(data["suspension"])
+        self.name = data["name"]
+        if not isinstance(self.name, str):
+            raise TypeError(f"a machine cannot be named {self.name!r}")
+        self.suspension = read_plain(Suspension, data["suspension"])
         cwd = str(Path.cwd())
         self.builds = [replace(BuildRecord.from_data(each), cwd=cwd) for each in data["builds"]]
 
@@ -145,7 +148,7 @@ class _About:
     def read(cls, path: Path) -> _About:
         try:
             return cls(bundle.read_facts(path))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise MachineError(f"the bundle {path} makes no sense to this vmbuild", details=repr(error)) from error
 
 

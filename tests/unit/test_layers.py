@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "record"}
+GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
 MACHINE = {
     "files",
@@ -56,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "whole": {"errors"},
     "lock": {"report", "whole"},
     "address": set(),
-    "record": {"whole"},
+    "plain": set(),
+    "record": {"plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.catalog": GROUND,

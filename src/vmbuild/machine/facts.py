@@ -12,6 +12,7 @@ from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import MachineSpec
+from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole
 
 HARDWARE = 1
@@ -67,6 +68,6 @@ def write_facts(files: MachineFiles, facts: Facts) -> None:
 def load_facts(files: MachineFiles) -> Facts | None:
     """Return what the machine was last started as, None when it never was."""
     try:
-        return Facts(**json.loads(files.facts.read_text()))
+        return read_plain(Facts, json.loads(files.facts.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
