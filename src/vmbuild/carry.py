@@ -26,6 +26,7 @@ from vmbuild.whole import writing_in
 
 T = TypeVar("T")
 SUFFIX = ".vmbundle"
+PARTS = ("memory", "disk")
 
 
 def check_limits(limits: Limits, seconds_left: float) -> None:
@@ -75,7 +76,7 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
 def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
     """Pack a suspended machine. Its keys stay at home, and so does where its builds were asked for."""
     builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
-    parts = {"memory": files.memory, "disk": files.disk}
+    parts = dict(zip(PARTS, (files.memory, files.disk), strict=True))
     about = {"name": files.name, "suspension": asdict(saved), "builds": builds}
     with report.meter("pack", sum(map(bundle.data_bytes, parts.values()))) as meter:
         try:
@@ -178,9 +179,13 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
     with _beside(files) as made:
         with report.meter("unpack", None) as meter:
             bundle.unpack(path, made.folder, meter)
+        found = sorted(each.name for each in made.folder.iterdir())
+        if found != sorted(PARTS):
+            raise MachineError(f"the bundle {path} holds no machine", details=f"its parts: {', '.join(found)}")
         (made.folder / "disk").replace(made.disk)
         lifetime.check_foreign_disk(made)
-        suspension.check(made, about.suspension)
+        if not suspension.is_whole(made, about.suspension):
+            raise MachineError(f"the bundle {path} holds another memory than it tells of")
         facts.write_facts(made, about.suspension.facts)
         for each in about.builds:
             record.save(made.builds, each)

@@ -73,11 +73,16 @@ def discard(files: MachineFiles) -> None:
 def check(files: MachineFiles, suspension: Suspension) -> None:
     """Raise MachineError when the saved memory is not what was saved."""
     try:
-        digest = sparse_digest(files.memory)
+        is_same = is_whole(files, suspension)
     except OSError as error:
         raise _unusable(files, str(error)) from error
-    if digest != suspension.digest:
+    if not is_same:
         raise _unusable(files, f"{files.memory} was changed since it was saved")
+
+
+def is_whole(files: MachineFiles, suspension: Suspension) -> bool:
+    """Tell whether the saved memory is what was saved. Raises OSError when it is not there."""
+    return sparse_digest(files.memory) == suspension.digest
 
 
 def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:
