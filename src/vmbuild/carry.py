@@ -68,6 +68,8 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
     if target is not None:
         files = existing(name, home)
         with lifetime.lock(files, report):
+            if suspension.find(files) != saved:  # the lock was free for a moment
+                raise MachineError(f"the machine {name} went on before it was packed")
             report.step(f"Packing the machine {name}")
             _pack(files, saved, target, report)
     return saved

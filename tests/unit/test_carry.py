@@ -210,6 +210,26 @@ def test_a_suspended_machine_can_be_packed_later(world: World) -> None:
     assert (label, report.advanced) == ("pack", total)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["runs", "suspended again"])
+def test_one_that_goes_on_before_it_is_packed_is_not_packed(
+    world: World, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    real = operate.suspend
+
+    def suspend(name: str, home: Home, report: SilentReporter) -> Suspension:
+        saved = real(name, home, report)
+        with start.open_session(replace(REQUEST, name="box"), home, report):  # somebody else was quicker
+            pass
+        if again:
+            real(name, home, report)
+        return saved
+
+    monkeypatch.setattr(operate, "suspend", suspend)
+    with pytest.raises(MachineError, match="went on before it was packed"):
+        carry.suspend("box", world.bundle, world.here, SilentReporter())
+    assert not world.bundle.exists()
+
+
 # Where there is one already.
 
 
