@@ -107,7 +107,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "image.base", "image.catalog", "machine.files", "machine.lifetime"}
+    | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
+    | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}
