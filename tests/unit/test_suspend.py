@@ -100,6 +100,16 @@ def test_the_guest_is_told_keys_that_are_there(home: Home, files: MachineFiles) 
     assert seed_keys(files) != before
 
 
+def test_it_is_loaded_the_way_it_was_saved(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MachineFiles.at(home.state, "box")
+    with monkeypatch.context() as patch:
+        patch.setenv("FAKE_QEMU_OLD", "1")
+        up(home)
+        operate.suspend("box", home, SilentReporter())
+    up(home)  # with a newer QEMU by now
+    assert "mapped-ram" not in (files.folder / "settings").read_text()
+
+
 def test_a_snapshot_is_not_asked_for_it(home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*_: object) -> None:
         raise AssertionError("what runs in it would be lost")
