@@ -210,6 +210,13 @@ def test_another_machine_is_not_made_of_it(home: Home, files: MachineFiles) -> N
     assert operate.status("box", home).memory_mib == 2048
 
 
+def test_what_it_cannot_become_by_going_on_is_said(home: Home, files: MachineFiles) -> None:
+    disk = frozenset({"disk"})
+    warning, step = up(home, disk_bytes=9 << 30, given=disk, demanded=disk)
+    assert "with disk 1.0 GiB; 9.0 GiB takes effect after `vmbuild down box`" in warning
+    assert step == "Going on with the suspended machine box"
+
+
 def test_a_note_that_cannot_be_read_is_told_and_given_up_with_down(home: Home, files: MachineFiles) -> None:
     files.suspension.write_text("{")
     for ask in (lambda: up(home), lambda: operate.suspend("box", home, SilentReporter())):
