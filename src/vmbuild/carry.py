@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -190,10 +191,21 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
             raise MachineError(f"the bundle {path} holds another memory than it tells of")
         facts.write_facts(made, about.suspension.facts)
         for each in about.builds:
-            record.save(made.builds, each)
+            record.save(made.builds, _kept_inside(each, report))
         suspension.write_note(made, about.suspension)
         with writing_in(files.folder.parent):
             made.folder.replace(files.folder)
+
+
+def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
+    """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell."""
+    places = {key: getattr(build, key) for key in ("output", "iidfile", "metadata_file")}
+    for key, path in places.items():
+        inside = os.path.normpath(Path(build.cwd) / (path or "-"))
+        if not Path(inside).is_relative_to(build.cwd):
+            places[key] = Path(path).name
+            report.warn(f"the build in the bundle wants to write {path}: here it is {places[key]} in this folder")
+    return replace(build, **places)
 
 
 @contextmanager

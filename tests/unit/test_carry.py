@@ -466,6 +466,41 @@ def test_a_damaged_bundle_leaves_nothing(world: World, packed: Suspension, damag
     assert_nothing_left(world.there)
 
 
+@pytest.mark.parametrize("place", ["/{}", "/tmp/../{}", "../{}", "out/../../{}"])
+def test_a_foreign_build_writes_nothing_outside_this_folder(
+    world: World, packed: Suspension, tmp_path: Path, place: str
+) -> None:
+    """A hostile one could have anything written that is the user's: a shell's start file, say."""
+    outside = {tmp_path / name: b"precious" for name in ("o", "i", "m")}
+    for path, content in outside.items():
+        path.write_bytes(content)
+    here = str(tmp_path).lstrip("/") + "/" if place.startswith("/") else ""
+    places = {key: place.format(here + key[0]) for key in ("output", "iidfile", "metadata_file")}
+    rebuild(world, lambda about: about["builds"][0].update(places))
+    assert world.resume() is not None
+    assert {path: path.read_bytes() for path in outside} == outside
+    assert {path.name for path in world.cwd.iterdir()} == {"o", "i", "m"}
+    assert len([line for line in world.heard if "here it is" in line]) == 3
+
+
+@pytest.mark.parametrize("place", ["a.tar", "out/a.tar", "out/../a.tar", "{}/out/a.tar"])
+def test_a_foreign_build_writes_where_it_was_told_in_this_folder(world: World, packed: Suspension, place: str) -> None:
+    (world.cwd / "out").mkdir()
+    output = place.format(world.cwd)
+    rebuild(world, lambda about: about["builds"][0].update(output=output))
+    assert world.resume() is not None
+    assert Path(output).stat().st_size > 0
+    assert not any("here it is" in line for line in world.heard)
+
+
+def test_a_foreign_build_may_write_to_standard_output_or_nothing(world: World, packed: Suspension) -> None:
+    rebuild(world, lambda about: about["builds"][0].update(output="-", iidfile=None, metadata_file=None))
+    result = world.resume()
+    assert result is not None
+    assert result.output == "-"
+    assert list(world.cwd.iterdir()) == []
+
+
 # What is interrupted.
 
 
