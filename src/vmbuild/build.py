@@ -22,6 +22,7 @@ from vmbuild.image import base as base_image
 from vmbuild.image import catalog
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
 from vmbuild.model import MIB, PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest, format_size
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
@@ -54,7 +55,7 @@ def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineReque
     files = MachineFiles.at(home.state, request.name)
     now = lifetime.status(files)
     most, has = now.memory_mib or request.memory_mib, now.memory_now_mib or 0
-    if 0 < has < most:
+    if 0 < has < most - CLOSE_ENOUGH_MIB:
         operate.resize(request.name, home, report, cpus=None, memory_mib=most, disk_bytes=None)
         return replace(request, memory_mib=most)
     spare = process.available_memory_bytes()

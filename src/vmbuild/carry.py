@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import probe
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BuildResult, Home, MachineRequest, MachineSpec
+from vmbuild.plain import read_plain
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import existing, image_of, open_session
@@ -25,6 +27,7 @@ from vmbuild.whole import writing_in
 
 T = TypeVar("T")
 SUFFIX = ".vmbundle"
+PARTS = ("memory", "disk")
 
 
 def check_limits(limits: Limits, seconds_left: float) -> None:
@@ -66,6 +69,8 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
     if target is not None:
         files = existing(name, home)
         with lifetime.lock(files, report):
+            if suspension.find(files) != saved:  # the lock was free for a moment
+                raise MachineError(f"the machine {name} went on before it was packed")
             report.step(f"Packing the machine {name}")
             _pack(files, saved, target, report)
     return saved
@@ -74,7 +79,7 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
 def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
     """Pack a suspended machine. Its keys stay at home, and so does where its builds were asked for."""
     builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
-    parts = {"memory": files.memory, "disk": files.disk}
+    parts = dict(zip(PARTS, (files.memory, files.disk), strict=True))
     about = {"name": files.name, "suspension": asdict(saved), "builds": builds}
     with report.meter("pack", sum(map(bundle.data_bytes, parts.values()))) as meter:
         try:
@@ -141,8 +146,10 @@ class _About:
     """What a bundle says of itself."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self.name = str(data["name"])
-        self.suspension = Suspension.from_data(data["suspension"])
+        self.name = data["name"]
+        if not isinstance(self.name, str):
+            raise TypeError(f"a machine cannot be named {self.name!r}")
+        self.suspension = read_plain(Suspension, data["suspension"])
         cwd = str(Path.cwd())
         self.builds = [replace(BuildRecord.from_data(each), cwd=cwd) for each in data["builds"]]
 
@@ -150,7 +157,7 @@ class _About:
     def read(cls, path: Path) -> _About:
         try:
             return cls(bundle.read_facts(path))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise MachineError(f"the bundle {path} makes no sense to this vmbuild", details=repr(error)) from error
 
 
@@ -180,15 +187,30 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
     with _beside(files) as made:
         with report.meter("unpack", None) as meter:
             bundle.unpack(path, made.folder, meter)
+        found = sorted(each.name for each in made.folder.iterdir())
+        if found != sorted(PARTS):
+            raise MachineError(f"the bundle {path} holds no machine", details=f"its parts: {', '.join(found)}")
         (made.folder / "disk").replace(made.disk)
         lifetime.check_foreign_disk(made)
-        suspension.check(made, about.suspension)
+        if not suspension.is_whole(made, about.suspension):
+            raise MachineError(f"the bundle {path} holds another memory than it tells of")
         facts.write_facts(made, about.suspension.facts)
         for each in about.builds:
-            record.save(made.builds, each)
+            record.save(made.builds, _kept_inside(each, report))
         suspension.write_note(made, about.suspension)
         with writing_in(files.folder.parent):
             made.folder.replace(files.folder)
+
+
+def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
+    """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell."""
+    places = {key: getattr(build, key) for key in ("output", "iidfile", "metadata_file")}
+    for key, path in places.items():
+        inside = os.path.normpath(Path(build.cwd) / (path or "-"))
+        if not Path(inside).is_relative_to(build.cwd):
+            places[key] = Path(path).name
+            report.warn(f"the build in the bundle wants to write {path}: here it is {places[key]} in this folder")
+    return replace(build, **places)
 
 
 @contextmanager

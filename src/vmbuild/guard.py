@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild import process
-from vmbuild.errors import StalledError, TimeIsUp
+from vmbuild.errors import HostError, StalledError, TimeIsUp
 from vmbuild.follow import Watch
 from vmbuild.machine import bundle, lifetime
 from vmbuild.machine.facts import load_facts
@@ -94,5 +94,8 @@ class Guard(Watch):
         """Return the bytes a second that packing makes here, measured once, with some of this very disk."""
         if self._rate is None:
             into = self._limits.suspend_to.parent if self._limits.suspend_to else self._files.folder
-            self._rate = bundle.packing_rate(self._files.disk, into)
+            try:
+                self._rate = bundle.packing_rate(self._files.disk, into)
+            except HostError:  # no reason to end a build that may be done in time
+                self._rate = float("inf")
         return self._rate

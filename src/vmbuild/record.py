@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole, writing_in
+
+_FOLDER = re.compile(r"(/[a-zA-Z0-9]+)+")
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,12 @@ class BuildRecord:
         return Path(self.cwd) / path if path else None
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> BuildRecord:
-        """Return the record that was written as JSON. Raises TypeError or KeyError for anything else."""
-        return cls(**{**data, "tags": tuple(data["tags"])})
+    def from_data(cls, data: object) -> BuildRecord:
+        """Return the record that was written as JSON. Raises TypeError or ValueError for anything else."""
+        made = read_plain(cls, data)
+        if not _FOLDER.fullmatch(made.folder):  # its end names files on this host
+            raise ValueError(f"a build cannot have the folder {made.folder!r}")
+        return made
 
 
 def save(builds: Path, record: BuildRecord) -> None:
@@ -75,7 +80,7 @@ def load_all(builds: Path) -> list[BuildRecord]:
     for path in builds.glob("[!.]*.json"):
         try:
             found.append(BuildRecord.from_data(json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError, KeyError):  # forgotten meanwhile, or another vmbuild's
+        except (OSError, ValueError, TypeError):  # forgotten meanwhile, or another vmbuild's
             continue
     return sorted(found, key=lambda record: record.started_at)
 

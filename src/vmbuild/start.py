@@ -173,6 +173,7 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     Raises UsageError when it is asked to be another, MachineError when this host cannot go on with it.
     """
     suspension.refuse_differences(kept, request)
+    _warn_of_differences(request, lifetime.status(files), report)
     image = image_of(kept, request, home, report)
     qemu = probe(image.arch, home.cache)
     spec = suspension.fit(kept, MachineSpec(files.name, request.cpus, request.memory_mib, 0, image), qemu)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +16,15 @@ from tests.unit.building import IMAGE, Guest
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import build, operate, start
+from vmbuild import build, cli, operate, process, record, start
 from vmbuild.deadline import Deadline
-from vmbuild.errors import BuildError, GuestError, MachineError, UsageError
+from vmbuild.errors import BuildError, GuestError, MachineError, OutOfMemoryError, UsageError
 from vmbuild.follow import Watch
 from vmbuild.guest import docker, job, ready
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus
+from vmbuild.record import BuildRecord
 from vmbuild.report import SilentReporter
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
@@ -208,3 +210,159 @@ def test_destroyed_by_two_it_is_gone_once(home: Home, machine: MachineFiles, mon
     monkeypatch.setattr(lifetime, "lock", lock)
     answers.append(operate.destroy("box", home, SilentReporter()))
     assert answers == [True, False]
+
+
+# --oom-retry
+
+
+class Host:
+    """A machine and its host as `build` sees them; it remembers what was done to them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, guest: Guest) -> None:
+        self.guest = guest
+        self.most, self.now = 1024, 1024
+        self.spare: int | None = 64 << 30
+        self.codes = [1, 0]
+        self.done: list[str] = []
+        self.report = Listener()
+        monkeypatch.setattr(build, "open_session", self._open_session)
+        monkeypatch.setattr(operate, "resize", self._resize)
+        monkeypatch.setattr(operate, "down", self._down)
+        monkeypatch.setattr(process, "available_memory_bytes", lambda: self.spare)
+        monkeypatch.setattr(lifetime, "status", lambda _: self._status())
+
+    def _status(self) -> MachineStatus:
+        return MachineStatus("box", "running", memory_mib=self.most, memory_now_mib=self.now)
+
+    @contextmanager
+    def _open_session(self, request: MachineRequest, *_: object) -> Iterator[FakeSession]:
+        self.done.append(f"build with {request.memory_mib}")
+        self.most = self.now = max(self.now, request.memory_mib)
+        self.guest.code = self.codes.pop(0)
+        yield self.guest
+
+    def _resize(self, name: str, *_: object, memory_mib: int, **same: object) -> None:
+        assert set(same.values()) == {None}
+        self.done.append(f"resize {name} to {memory_mib}")
+        self.now = memory_mib
+
+    def _down(self, name: str, *_: object) -> None:
+        self.done.append(f"down {name}")
+        self.now = 0
+
+    def build(self, asked: BuildRequest, home: Home) -> None:
+        streams = {"stdin": io.BytesIO(), "stdout": io.BytesIO()}
+        request = replace(REQUEST, memory_mib=self.now)
+        build.build(request, asked, home, self.report, **streams, watch=Watch())
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(monkeypatch, Guest(log=b"[   99.000000] " + KILLED))
+
+
+@pytest.fixture
+def asked(context: Path) -> BuildRequest:
+    return BuildRequest(str(context), oom_retry=True)
+
+
+def test_a_machine_that_was_made_smaller_gets_its_memory_back_and_builds_again(
+    home: Home, host: Host, asked: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [MachineStatus("box", "running", memory_mib=4096, memory_now_mib=1024)] * 2
+    monkeypatch.setattr(lifetime, "status", lambda _: states.pop())
+    host.build(asked, home)
+    assert host.done == ["build with 1024", "resize box to 4096", "build with 4096"]
+    (warning,) = host.report.warnings
+    assert "out of memory, building again with 4.0 GiB" in warning
+    assert host.guest.removed() == ["/w", "/w"]
+
+
+def test_a_machine_that_has_all_it_can_is_started_again_with_twice_as_much(
+    home: Home, host: Host, asked: BuildRequest
+) -> None:
+    host.codes = [1, 1, 0]
+    host.build(asked, home)
+    assert host.done == ["build with 1024", "down box", "build with 2048", "down box", "build with 4096"]
+
+
+@pytest.mark.parametrize("short", [1, 16])
+def test_a_balloon_that_keeps_a_few_pages_is_not_asked_for_ever(
+    home: Home, host: Host, asked: BuildRequest, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    monkeypatch.setattr(
+        lifetime,
+        "status",
+        lambda _: MachineStatus("box", "running", memory_mib=host.most, memory_now_mib=host.most - short),
+    )
+    host.build(asked, home)
+    assert host.done == ["build with 1024", "down box", "build with 2048"]
+
+
+@pytest.mark.parametrize("reason", ["memory", "another build", "not asked"])
+def test_there_is_no_more_where_none_can_be_had(
+    home: Home, host: Host, asked: BuildRequest, context: Path, reason: str
+) -> None:
+    host.codes = [1, 1]
+    expected = ["build with 1024"]
+    if reason == "memory":
+        host.spare = (2048 << 20) - 1
+        expected += ["down box", "build with 2048"]
+    if reason == "another build":
+        files = MachineFiles.at(home.state, "box")
+        record.save(files.builds, BuildRecord("/w/other", (), None, None, None, False, str(context), 1, 1.0, 1.0))
+    if reason == "not asked":
+        asked = replace(asked, oom_retry=False)
+    with pytest.raises(OutOfMemoryError, match="docker build ended with exit code 1") as caught:
+        host.build(asked, home)
+    assert host.done == expected
+    assert "killed cc1" in caught.value.details
+
+
+def test_a_host_that_does_not_say_what_it_has_is_tried(home: Home, host: Host, asked: BuildRequest) -> None:
+    host.spare = None
+    host.build(asked, home)
+    assert host.done == ["build with 1024", "down box", "build with 2048"]
+
+
+def test_a_build_that_failed_otherwise_is_not_built_again(home: Home, host: Host, asked: BuildRequest) -> None:
+    host.guest.table = ((("dmesg",), Reply()), *host.guest.table)
+    with pytest.raises(BuildError) as caught:
+        host.build(asked, home)
+    assert not isinstance(caught.value, OutOfMemoryError)
+    assert host.done == ["build with 1024"]
+
+
+@pytest.mark.parametrize("argv", [["-"], ["-f", "-", "."]], ids=" ".join)
+def test_what_can_be_read_once_cannot_be_built_again(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = list[object]()
+    monkeypatch.setattr(build, "build", lambda *arguments, **_: calls.append(arguments))
+    assert cli.run(["build", "--oom-retry", *argv]) == UsageError.exit_code
+    assert "cannot be built again" in " ".join(capsys.readouterr().err.split())
+    assert calls == []
+
+
+def test_a_machine_grows_for_its_build(
+    home: Home, machine: MachineFiles, asked: BuildRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same with a machine of the fake QEMU: ended, and started with more."""
+
+    class Flaky(Guest):
+        def run(self, argv: Sequence[str], **options: Any) -> int:
+            self.code = 1 if lifetime.status(machine).memory_mib == 2048 else 0
+            return super().run(argv, **options)
+
+    guest = Flaky(log=b"[   99.000000] " + KILLED)
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
+    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(ready, "wait_ready", lambda *_: guest)
+    monkeypatch.setattr(operate, "_power_off", lambda *_: lifetime.stop(machine, Deadline.after(0)))
+    monkeypatch.setattr(process, "available_memory_bytes", lambda: 64 << 30)
+    streams = {"stdin": io.BytesIO(), "stdout": io.BytesIO()}
+    build.build(REQUEST, asked, home, SilentReporter(), **streams, watch=Watch())
+    now = lifetime.status(machine)
+    assert (now.state, now.memory_mib) == ("running", 4096)
+    assert guest.removed() == ["/w", "/w"]

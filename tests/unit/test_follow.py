@@ -17,6 +17,7 @@ from tests.unit.building import IMAGE, METADATA, Guest
 from tests.unit.guest.fakes import Reply
 from tests.unit.listener import Listener
 from vmbuild import follow, record
+from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
     GuestError,
@@ -240,7 +241,9 @@ def test_its_command_waits_for_another_that_follows_it(
     thread = threading.Thread(target=to_the_end, daemon=True)
     with hold(record.lock_file(files.builds, first), SilentReporter(), "follows this build"):
         thread.start()
-        thread.join(0.2)
+        limit = Deadline.after(5)
+        while not report.steps and not limit.passed:
+            limit.sleep(0.01)
         assert report.steps == ["Waiting for another vmbuild that follows this build"]
         assert guest.calls == []
     thread.join(5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmbuild import guard, process
-from vmbuild.errors import BuildError, StalledError, TimeIsUp
+from vmbuild.errors import BuildError, HostError, StalledError, TimeIsUp
 from vmbuild.guard import Guard, Limits
 from vmbuild.machine import bundle, lifetime
 from vmbuild.machine.files import MachineFiles
@@ -125,6 +125,17 @@ def test_what_cannot_be_measured_leaves_the_reserve(
     world: World, files: MachineFiles, memory: int | None, rate: float
 ) -> None:
     world.memory, world.rate = memory, rate
+    up = time_up(world, make_guard(world, files, Limits(ends_at=2000.0, reserve_s=100.0)))
+    assert 1897.5 <= up <= 1900
+
+
+def test_a_folder_that_takes_no_trial_ends_no_build(
+    world: World, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> float:
+        raise HostError("the disk is full")
+
+    monkeypatch.setattr(bundle, "packing_rate", refuse)
     up = time_up(world, make_guard(world, files, Limits(ends_at=2000.0, reserve_s=100.0)))
     assert 1897.5 <= up <= 1900
 

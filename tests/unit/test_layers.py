@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "record"}
+GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
 MACHINE = {
     "files",
@@ -58,7 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "whole": {"errors"},
     "lock": {"report", "whole"},
     "address": set(),
-    "record": {"whole"},
+    "plain": set(),
+    "record": {"plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.catalog": GROUND,
@@ -108,7 +109,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "image.base", "image.catalog", "machine.files", "machine.lifetime"}
+    | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
+    | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}

@@ -101,6 +101,16 @@ def test_the_guest_is_told_keys_that_are_there(home: Home, files: MachineFiles) 
     assert seed_keys(files) != before
 
 
+def test_it_is_loaded_the_way_it_was_saved(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = MachineFiles.at(home.state, "box")
+    with monkeypatch.context() as patch:
+        patch.setenv("FAKE_QEMU_OLD", "1")
+        up(home)
+        operate.suspend("box", home, SilentReporter())
+    up(home)  # with a newer QEMU by now
+    assert "mapped-ram" not in (files.folder / "settings").read_text()
+
+
 def test_a_snapshot_is_not_asked_for_it(home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*_: object) -> None:
         raise AssertionError("what runs in it would be lost")
@@ -199,6 +209,13 @@ def test_another_machine_is_not_made_of_it(home: Home, files: MachineFiles) -> N
     assert kept(files) == before
     up(home, memory_mib=4096, cpus=7, given=frozenset({"memory", "cpus"}))  # a file that is newer than the machine
     assert operate.status("box", home).memory_mib == 2048
+
+
+def test_what_it_cannot_become_by_going_on_is_said(home: Home, files: MachineFiles) -> None:
+    disk = frozenset({"disk"})
+    warning, step = up(home, disk_bytes=9 << 30, given=disk, demanded=disk)
+    assert "with disk 1.0 GiB; 9.0 GiB takes effect after `vmbuild down box`" in warning
+    assert step == "Going on with the suspended machine box"
 
 
 def test_a_note_that_cannot_be_read_is_told_and_given_up_with_down(home: Home, files: MachineFiles) -> None:

@@ -13,10 +13,14 @@ from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import MachineSpec
+from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole
 
 HARDWARE = 1
 """Raised when what the guest expects of a machine changes in another way than by QEMU's argv."""
+
+OLDER = {"machine_type": "", "accel": "", "hardware": ""}
+"""What an older vmbuild did not note."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Facts:
     image: str
     image_digest: str
     started_at: float
-    machine_type: str = ""
-    accel: str = ""
-    hardware: str = ""
+    machine_type: str
+    accel: str
+    hardware: str
 
 
 def describe(spec: MachineSpec, qemu: Qemu, disk_bytes: int) -> Facts:
@@ -74,6 +78,7 @@ def load_facts(files: MachineFiles) -> Facts | None:
     known = {field.name for field in fields(Facts)}
     try:
         found: dict[str, Any] = json.loads(files.facts.read_text())
-        return Facts(**{name: value for name, value in found.items() if name in known})
+        told = {name: value for name, value in found.items() if name in known}
+        return read_plain(Facts, {**OLDER, **told})
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return None

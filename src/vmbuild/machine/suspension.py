@@ -11,7 +11,6 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vmbuild.errors import HostError, MachineError, UsageError
 from vmbuild.machine.facts import Facts, hardware
@@ -19,6 +18,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.snapshot import sparse_digest
 from vmbuild.model import MachineRequest, MachineSpec
+from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole, writing_in
 
 
@@ -37,19 +37,14 @@ class Suspension:
     size_bytes: int
     suspended_at: float
 
-    @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Suspension:
-        """Return what was written as JSON. Raises TypeError or KeyError for anything else."""
-        return cls(**{**data, "facts": Facts(**data["facts"])})
-
 
 def find(files: MachineFiles) -> Suspension | None:
     """Return what a suspended machine goes on from, None when there is nothing. Raises MachineError for nonsense."""
     try:
-        return Suspension.from_data(json.loads(files.suspension.read_text()))
+        return read_plain(Suspension, json.loads(files.suspension.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise _unusable(files, f"{files.suspension} cannot be read: {error}") from error
 
 
@@ -78,11 +73,16 @@ def discard(files: MachineFiles) -> None:
 def check(files: MachineFiles, suspension: Suspension) -> None:
     """Raise MachineError when the saved memory is not what was saved."""
     try:
-        digest = sparse_digest(files.memory)
+        is_same = is_whole(files, suspension)
     except OSError as error:
         raise _unusable(files, str(error)) from error
-    if digest != suspension.digest:
+    if not is_same:
         raise _unusable(files, f"{files.memory} was changed since it was saved")
+
+
+def is_whole(files: MachineFiles, suspension: Suspension) -> bool:
+    """Tell whether the saved memory is what was saved. Raises OSError when it is not there."""
+    return sparse_digest(files.memory) == suspension.digest
 
 
 def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:

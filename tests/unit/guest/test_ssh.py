@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -21,7 +23,7 @@ from tests.unit.guest.server import Guest, serve
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError
 from vmbuild.guest import ssh
-from vmbuild.guest.session import Sink, WrongHostKeyError, capture, send
+from vmbuild.guest.session import ConnectionLostError, Sink, WrongHostKeyError, capture, send
 from vmbuild.guest.ssh import SshSession
 from vmbuild.model import MIB
 
@@ -399,3 +401,104 @@ def test_a_stranger_is_named_with_what_to_do(guest: Guest) -> None:
 def test_without_a_terminal_none_is_asked_for(guest: Guest, session: SshSession) -> None:
     assert session.run(["true"]) == 0
     assert guest.server.terminals == []
+
+
+# A connection that is lost, and another one.
+
+
+@pytest.mark.parametrize("when", ["before", "while it is silent", "while it writes"])
+def test_a_lost_connection_is_told_from_other_failures(guest: Guest, session: SshSession, when: str) -> None:
+    if when == "before":
+        guest.cut()
+    else:
+        threading.Timer(0.3, guest.cut).start()
+    argv = ["timeout", "20", "yes"] if when == "while it writes" else ["sleep", "20"]
+    with pytest.raises(ConnectionLostError):
+        session.run(argv, deadline=Deadline.after(15))
+
+
+def test_a_deadline_is_no_lost_connection(session: SshSession) -> None:
+    with pytest.raises(GuestError) as caught:
+        session.run(["sleep", "20"], deadline=Deadline.after(0.3))
+    assert not isinstance(caught.value, ConnectionLostError)
+
+
+def test_after_a_lost_connection_another_one_does(guest: Guest, session: SshSession) -> None:
+    for number in range(2):
+        guest.cut()
+        with pytest.raises(ConnectionLostError):
+            session.run(["true"], deadline=Deadline.after(5))
+        session.reopen(Deadline.after(20))
+        assert capture(session, ["echo", "here", str(number)]) == f"here {number}\n"
+    assert guest.server.log_ins == 3
+
+
+def test_a_connection_that_still_is_there_is_closed_for_the_other(guest: Guest, session: SshSession) -> None:
+    session.reopen(Deadline.after(20))
+    assert capture(session, ["echo", "here"]) == "here\n"
+    limit = Deadline.after(5)
+    while guest.transports[0].is_active() and not limit.passed:
+        limit.sleep(0.02)
+    assert [transport.is_active() for transport in guest.transports] == [False, True]
+
+
+def test_another_connection_is_to_the_same_guest(guest: Guest, session: SshSession) -> None:
+    guest.cut()
+    shutil.copyfile(guest.folder / "stranger.pub", guest.folder / "host.pub")
+    with pytest.raises(WrongHostKeyError):
+        session.reopen(Deadline.after(20))
+    assert guest.server.log_ins == 1
+    with pytest.raises(ConnectionLostError):
+        session.run(["true"], deadline=Deadline.after(5))
+
+
+def test_a_guest_that_is_not_there_again_costs_no_more_than_the_deadline(guest: Guest, session: SshSession) -> None:
+    guest.listener.shutdown(socket.SHUT_RDWR)  # a close alone would leave the accept that waits
+    guest.cut()
+    begun = time.monotonic()
+    with pytest.raises(GuestError):
+        session.reopen(Deadline.after(1))
+    assert time.monotonic() - begun < 5
+
+
+def test_nobody_connects_to_a_machine_that_is_gone(guest: Guest) -> None:
+    gone = list[HostError]()
+
+    def watch() -> None:
+        if gone:
+            raise gone[0]
+
+    session = SshSession.connect(guest.endpoint(), Deadline.after(20), watch)
+    gone.append(HostError("the disk is full"))
+    with pytest.raises(HostError, match="the disk is full"):
+        session.reopen(Deadline.after(20))
+    with pytest.raises(HostError, match="the disk is full"):  # and nothing in it can be cleaned up
+        session.run(["true"])
+    assert guest.server.log_ins == 1
+    session.close()
+
+
+# Someone who looks on.
+
+
+@pytest.mark.parametrize("argv", [["sleep", "1.6"], ["timeout", "1.6", "yes"]], ids=["silent", "talkative"])
+def test_who_looks_on_is_asked_at_least_twice_a_second(session: SshSession, argv: list[str]) -> None:
+    looks = [time.monotonic()]
+    session.run(argv, on_tick=lambda: looks.append(time.monotonic()))
+    looks.append(time.monotonic())
+    assert max(after - before for before, after in itertools.pairwise(looks)) < 1
+    assert len(looks) >= 4
+
+
+def test_who_looks_on_can_end_the_program(session: SshSession, tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def look() -> None:
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            raise Enough
+
+    with pytest.raises(Enough):
+        session.run(["sh", "-c", f"echo $$ >{tmp_path}/pid; exec sleep 60"], on_tick=look)
+    assert is_gone(int((tmp_path / "pid").read_text()))
+    assert capture(session, ["echo", "still here"]) == "still here\n"

@@ -20,6 +20,7 @@ from vmbuild.machine import lifetime, migration, suspension
 from vmbuild.machine.facts import describe, load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.lifetime import Restore
+from vmbuild.machine.qmp import Qmp
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import GIB, MachineRequest
 
@@ -117,11 +118,26 @@ def test_a_saving_that_takes_too_long_is_cancelled_before_the_machine_goes_on(
 ) -> None:
     monkeypatch.setenv("FAKE_QEMU_MIGRATION", "active")
     start(files)
-    with pytest.raises(MachineError, match="not saved in time"):
-        lifetime.suspend(files, Deadline.after(0.3))
+    with pytest.raises(MachineError):
+        lifetime.suspend(files, Deadline.after(0.5))
     assert_goes_on(files)
     heard = talk(files)
     assert heard.index("migrate_cancel") < heard.index("cont")
+
+
+def test_a_saving_that_takes_too_long_is_said() -> None:
+    class Busy(Qmp):
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def execute(self, command: str, **arguments: object) -> Any:
+            self.asked += 1
+            return {"status": "active"}
+
+    busy = Busy()
+    with pytest.raises(MachineError, match="not saved in time"):
+        migration._wait(busy, Deadline.after(0.05), "saved")
+    assert busy.asked >= 1
 
 
 def test_ctrl_c_while_saving_lets_the_machine_go_on(files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:
