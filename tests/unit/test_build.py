@@ -16,7 +16,8 @@ from tests.unit.building import IMAGE, Guest
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import build, cli, operate, process, record, start
+from vmbuild import build, operate, process, record, start
+from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, OutOfMemoryError, UsageError
 from vmbuild.follow import Watch
@@ -339,7 +340,7 @@ def test_what_can_be_read_once_cannot_be_built_again(
 ) -> None:
     calls = list[object]()
     monkeypatch.setattr(build, "build", lambda *arguments, **_: calls.append(arguments))
-    assert cli.run(["build", "--oom-retry", *argv]) == UsageError.exit_code
+    assert program.run(["build", "--oom-retry", *argv]) == UsageError.exit_code
     assert "cannot be built again" in " ".join(capsys.readouterr().err.split())
     assert calls == []
 

@@ -18,7 +18,8 @@ import zstandard
 from tests.unit.building import IMAGE, METADATA, Guest
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import carry, cli, operate, record, start
+from vmbuild import carry, operate, record, start
+from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
@@ -686,14 +687,14 @@ def test_a_build_that_runs_out_of_time_ends_with_75_and_is_resumed(
     world.guest.endings = [TimeIsUp()]
     monkeypatch.setattr(bundle, "packing_rate", lambda *_: float("inf"))  # a disk of a few bytes has no rate
     argv = ["build", ".", "-t", "a:1", "-o", "a.tar", "--name", "box", "--progress", "plain"]
-    assert cli.run([*argv, "--time-limit", "45m", "--suspend-to", "kept/"]) == 2  # no such folder
+    assert program.run([*argv, "--time-limit", "45m", "--suspend-to", "kept/"]) == 2  # no such folder
     (world.cwd / "kept").mkdir()
-    assert cli.run([*argv, "--time-limit", "45m", "--suspend-to", "kept"]) == 75
+    assert program.run([*argv, "--time-limit", "45m", "--suspend-to", "kept"]) == 75
     assert "vmbuild resume kept/box.vmbundle" in " ".join(capsys.readouterr().err.split())
     assert not (world.cwd / "a.tar").exists()
     assert world.guest.removed() == []
     monkeypatch.setenv("VMBUILD_STATE_DIR", str(world.there.state))
-    assert cli.run(["resume", "kept", "--json"]) == 0
+    assert program.run(["resume", "kept", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["image_id"], found["output"]) == (IMAGE, "a.tar")
     assert (world.cwd / "a.tar").exists()
@@ -711,7 +712,7 @@ def test_a_build_that_runs_out_of_time_ends_with_75_and_is_resumed(
     ids=" ".join,
 )
 def test_limits_that_cannot_be_are_wrong_usage(world: World, edge: None, argv: list[str]) -> None:
-    assert cli.run(argv) == UsageError.exit_code
+    assert program.run(argv) == UsageError.exit_code
     assert machines(world.here) == [("box", "running")]
 
 
