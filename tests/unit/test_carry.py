@@ -569,7 +569,7 @@ def test_a_packing_that_ends_early_leaves_the_older_bundle_and_the_machine(
         carry.suspend("box", world.bundle, world.here, SilentReporter())
     if isinstance(caught.value, HostError):
         assert (caught.value.brief, caught.value.details) == ("the disk is full", "where")
-        assert "Nothing is lost: box stays suspended here" in caught.value.resolution
+        assert "Nothing is lost: `vmbuild up --name box` goes on with it, here." in caught.value.resolution
     assert world.bundle.read_bytes() == older
     assert set(world.bundle.parent.iterdir()) == beside
     assert suspension.find(world.files) == packed

@@ -37,8 +37,8 @@ from vmbuild.report import SilentMeter
 from vmbuild.watch import Reading, Round
 
 Record = list[tuple[Any, ...]]
-NO_FACTS: dict[str, Any] = dict.fromkeys(Facts.__dataclass_fields__, 0)
-SUSPENDED = Suspension(Facts(**NO_FACTS), "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
+FACTS = Facts("u", 2, 2048, 1 << 30, "debian-13-arm64", "d", 1.0, "virt-9.2", "tcg", "h")
+SUSPENDED = Suspension(FACTS, "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -202,9 +202,9 @@ class _Run:
                 heard = time.monotonic()
             # One piece of each a turn: a program that never pauses must not keep the time limit from being seen.
             if channel.recv_ready():
-                self._take_stdout(channel.recv(WINDOW_BYTES))
+                self._take_stdout(_receive(channel.recv))
             if channel.recv_stderr_ready():
-                self._on_stderr(channel.recv_stderr(WINDOW_BYTES))
+                self._on_stderr(_receive(channel.recv_stderr))
             has_ended = channel.eof_received or channel.closed
             if has_ended and not channel.recv_ready() and not channel.recv_stderr_ready():
                 return
@@ -265,6 +265,14 @@ class _Run:
                 with suppress(OSError):
                     self._channel.recv(WINDOW_BYTES) if self._channel.recv_ready() else limit.sleep(0.1)
                     self._channel.recv_stderr(WINDOW_BYTES) if self._channel.recv_stderr_ready() else None
+
+
+def _receive(read: Callable[[int], bytes]) -> bytes:
+    """Read what has come. To do so tells the other side that there is room again, which fails on a lost connection."""
+    try:
+        return read(WINDOW_BYTES)
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise ConnectionLostError("the connection to the guest broke", details=str(error)) from error
 
 
 class _ProgramStoppedReading(Exception):
