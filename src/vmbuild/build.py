@@ -17,6 +17,7 @@ from vmbuild import follow, operate, process, record
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
 from vmbuild.guest import archive, context, docker, oom
+from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
@@ -26,7 +27,7 @@ from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
 from vmbuild.model import MIB, PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest, format_size
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import open_session
+from vmbuild.start import channel_of, open_session
 
 
 def build(
@@ -83,7 +84,9 @@ def _build_once(
         work = docker.make_workspace(session)
         with _removed_on_failure(session, work):
             placed = (
-                _place_context(source, session, work, report) if source else _leave_context(asked, stdin, session, work)
+                _place_context(source, session, work, channel_of(files), report)
+                if source
+                else _leave_context(asked, stdin, session, work)
             )
             started = _start(asked, placed, session, work, files, begun)
         return follow.to_the_end(follow.Running(started, files, session), home, report, stdout=stdout, watch=watch)
@@ -136,11 +139,12 @@ class Placed:
     sent_bytes: int = 0
 
 
-def _place_context(source: context.Context, session: Session, work: docker.Workspace, report: Reporter) -> Placed:
+def _place_context(
+    source: context.Context, session: Session, work: docker.Workspace, channel: Channel, report: Reporter
+) -> Placed:
     """Send a folder of the host into the guest."""
     report.step("Sending the build context")
-    with report.meter("context", None) as meter:
-        sent = docker.unpack_context(session, work, source.write_tar, meter)
+    sent = docker.unpack_context(session, work, source.write_tar, channel, report)
     if source.dockerfile_inside is not None:
         return Placed(work.context, f"{work.context}/{source.dockerfile_inside}", None, sent)
     docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
@@ -186,7 +190,8 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
         with docker.workspace(session) as work:
             if not base_image.is_kept(plan):
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-                docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report))
+                channel = channel_of(MachineFiles.at(home.state, request.name))
+                docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report), channel)
                 report.step("Configuring the packages in the guest")
                 with report.meter("configure", len(plan.packages), unit="packages") as meter:
                     docker.configure_tree(session, work, meter)

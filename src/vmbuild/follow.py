@@ -34,7 +34,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.model import MIB, BuildResult, Home, MachineStatus, format_size
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import existing, running_session
+from vmbuild.start import channel_of, existing, running_session
 from vmbuild.whole import write_whole
 
 RECONNECT_S = 120.0
@@ -160,7 +160,7 @@ def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, wa
         if asked.output is not None:
             report.step("Bringing the container image back")
             known = base_image.known_layers(home.cache)
-            size = archive.write_archive(session, image_id, asked.tags, out, known, report)
+            size = archive.write_archive(session, image_id, asked.tags, out, known, report, channel_of(running.files))
     for path, text in ((asked.place(asked.iidfile), image_id), (asked.place(asked.metadata_file), metadata)):
         if path is not None:
             write_whole(path, text.encode())

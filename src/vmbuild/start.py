@@ -16,6 +16,7 @@ from vmbuild import process, record
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError, UsageError
 from vmbuild.guest import clock, ready, seed, ssh
+from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session
 from vmbuild.image import catalog, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
@@ -265,6 +266,11 @@ def _endpoint(files: MachineFiles) -> Endpoint:
     if now.ssh_port is None:
         raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
     return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
+
+
+def channel_of(files: MachineFiles) -> Channel:
+    """Return the drives of a machine that carry bulk data."""
+    return Channel(files.inbox, files.outbox, files.folder / ".boxes.lock")
 
 
 @contextmanager

@@ -37,6 +37,7 @@ GUEST = {
     "session",
     "keys",
     "job",
+    "channel",
     "seed",
     "ssh",
     "terminal",
@@ -99,8 +100,9 @@ ALLOWED: dict[str, set[str]] = {
     "guest.ready": GROUND | {"guest.session"},
     "guest.context": GROUND | {"guest.session"},
     "guest.job": GROUND | {"guest.session"},
-    "guest.docker": GROUND | {"guest.session", "guest.job"},
-    "guest.archive": GROUND | {"guest.session"},
+    "guest.channel": GROUND | {"guest.session"},
+    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
+    "guest.archive": GROUND | {"guest.session", "guest.channel"},
     "start": GROUND
     | {"process", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
@@ -111,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": GROUND
     | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "context", "docker", "oom")},
+    | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom")},
     "operate": GROUND
     | {"start"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}

@@ -21,6 +21,7 @@ from typing import IO, cast
 import zstandard
 
 from vmbuild.errors import GuestError, HostError, UsageError
+from vmbuild.guest.channel import Channel, receive
 from vmbuild.guest.session import Output, Session, capture
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import open_whole
@@ -95,7 +96,13 @@ def _blaming_reader() -> Iterator[None]:
 
 
 def write_archive(
-    session: Session, digest: str, tags: Sequence[str], out: IO[bytes], known: Known, report: Reporter
+    session: Session,
+    digest: str,
+    tags: Sequence[str],
+    out: IO[bytes],
+    known: Known,
+    report: Reporter,
+    channel: Channel | None = None,
 ) -> int:
     """Write the container image with this manifest digest as a docker archive; return the bytes written.
 
@@ -105,13 +112,48 @@ def write_archive(
     manifest_data = _read_checked(session, manifest_hex)
     manifest, blobs = _parse_manifest(manifest_data)
     archive = _Archive(out)
-    with report.meter("export", sum({blob.digest: blob.size for blob in blobs}.values())) as meter:
-        for blob in {blob.digest: blob for blob in blobs}.values():
-            _copy_blob(session, blob, archive, known(blob.digest), meter)
+    each_once = {blob.digest: blob for blob in blobs}
+    with report.meter("export", sum(blob.size for blob in each_once.values())) as meter:
+        copies = _Copies(list(each_once.values()), known, archive, meter)
+        _copy_from_guest(session, copies, archive, meter, channel)
+        copies.catch_up(None)
     archive.add_data(f"blobs/sha256/{manifest_hex}", manifest_data)
     for name, content in _indexes(manifest_hex, manifest_data, manifest, blobs, tags).items():
         archive.add_data(name, json.dumps(content).encode())
     return archive.close()
+
+
+class _Copies:
+    """Blobs on their way into the archive, in their order: those that the host has, between those of the guest."""
+
+    def __init__(self, blobs: Sequence[Blob], known: Known, archive: _Archive, meter: Meter) -> None:
+        self._local = {blob: path for blob in blobs if (path := known(blob.digest)) is not None}
+        self._left = iter(blobs)
+        self._archive, self._meter = archive, meter
+        self.wanted = [blob for blob in blobs if blob not in self._local]
+
+    def catch_up(self, blob: Blob | None) -> None:
+        """Copy what the host has before a blob of the guest; None: what is left."""
+        for each in self._left:
+            if each == blob:
+                return
+            _copy_blob(each, self._archive, self._meter, _read_file(self._local[each]))
+
+
+def _copy_from_guest(
+    session: Session, copies: _Copies, archive: _Archive, meter: Meter, channel: Channel | None
+) -> None:
+    wanted = copies.wanted
+    paths = [(f"{BLOBS}/{blob.digest}", blob.size) for blob in wanted]
+
+    def take(number: int, content: Iterator[bytes]) -> None:
+        copies.catch_up(wanted[number])
+        _copy_blob(wanted[number], archive, meter, content)
+
+    if channel is None or not wanted or not receive(channel, session, paths, take):
+        for blob in wanted:
+            copies.catch_up(blob)
+            _pull_blob(session, blob, archive, meter)
 
 
 def _parse_manifest(data: bytes) -> tuple[dict[str, object], list[Blob]]:
@@ -132,35 +174,49 @@ def _read_checked(session: Session, digest: str) -> bytes:
     return data
 
 
-def _copy_blob(session: Session, blob: Blob, archive: _Archive, local: Path | None, meter: Meter) -> None:
-    digest = hashlib.sha256()
-    archive.begin(f"blobs/sha256/{blob.digest}", blob.size)
+class _BlobCopy:
+    """One blob on its way into the archive, checked against its digest and size."""
 
-    def take(data: bytes) -> None:
-        digest.update(data)
-        archive.write(data)
-        meter.advance(len(data))
+    def __init__(self, blob: Blob, archive: _Archive, meter: Meter) -> None:
+        self._blob, self._archive, self._meter = blob, archive, meter
+        self._digest = hashlib.sha256()
+        archive.begin(f"blobs/sha256/{blob.digest}", blob.size)
 
-    if local is not None:
-        with local.open("rb") as file:
-            while data := file.read(CHUNK_BYTES):
-                take(data)
-    else:
-        _pull_blob(session, blob, take)
-    if digest.hexdigest() != blob.digest:
-        raise GuestError(f"the blob {blob.digest} came out of the guest with other content")
-    archive.end()
+    def take(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._archive.write(data)
+        self._meter.advance(len(data))
+
+    def end(self) -> None:
+        if self._digest.hexdigest() != self._blob.digest:
+            raise GuestError(f"the blob {self._blob.digest} came out of the guest with other content")
+        self._archive.end()
 
 
-def _pull_blob(session: Session, blob: Blob, take: Output) -> None:
-    """Read a blob in the guest; what is not compressed is compressed for the way (docs/design.md)."""
+def _copy_blob(blob: Blob, archive: _Archive, meter: Meter, content: Iterator[bytes]) -> None:
+    copy = _BlobCopy(blob, archive, meter)
+    for data in content:
+        copy.take(data)
+    copy.end()
+
+
+def _read_file(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            yield data
+
+
+def _pull_blob(session: Session, blob: Blob, archive: _Archive, meter: Meter) -> None:
+    """Read a blob over SSH; what is not compressed is compressed for the way (docs/design.md)."""
+    copy = _BlobCopy(blob, archive, meter)
     path = f"{BLOBS}/{blob.digest}"
     if blob.is_compressed:
-        code = session.run(["cat", path], on_stdout=take)
+        code = session.run(["cat", path], on_stdout=copy.take)
     else:
-        code = session.run(["zstd", "-q", "-1", "-c", path], on_stdout=_unpacking(take))
+        code = session.run(["zstd", "-q", "-1", "-c", path], on_stdout=_unpacking(copy.take))
     if code != 0:
         raise GuestError(f"the blob {blob.digest} is not in the guest")
+    copy.end()
 
 
 def _unpacking(take: Output) -> Output:

@@ -14,9 +14,10 @@ import zstandard
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest import job
+from vmbuild.guest.channel import Channel, UnpackError, send_tar
 from vmbuild.guest.session import CHUNK_BYTES, Feed, Output, Session, Sink, capture
 from vmbuild.model import BuildRequest
-from vmbuild.report import Meter
+from vmbuild.report import Meter, Reporter, SilentReporter
 
 BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
 """Called without the docker client before it: one emulated program start less."""
@@ -88,19 +89,30 @@ def workspace(session: Session) -> Iterator[Workspace]:
             remove_workspace(session, work)
 
 
-def unpack_context(session: Session, work: Workspace, write_tar: Feed, meter: Meter) -> int:
+def unpack_context(session: Session, work: Workspace, write_tar: Feed, channel: Channel, report: Reporter) -> int:
     """Unpack a tar stream as the build context; return its bytes. Raises GuestError when the guest cannot."""
-    counter = _Counter(meter)
-    _unpack(session, work, lambda sink: write_tar(counter.through(sink)), "--no-same-owner")
-    return counter.total
+    return _unpack(session, work, write_tar, "--no-same-owner", channel, report)
 
 
-def unpack_tree(session: Session, work: Workspace, write_tar: Feed) -> None:
+def unpack_tree(session: Session, work: Workspace, write_tar: Feed, channel: Channel) -> None:
     """Unpack a tar stream as a root tree, owners and all. Raises GuestError when the guest cannot."""
-    _unpack(session, work, write_tar, "--numeric-owner")
+    _unpack(session, work, write_tar, "--numeric-owner", channel, SilentReporter())  # who writes it shows how far
 
 
-def _unpack(session: Session, work: Workspace, write_tar: Feed, option: str) -> None:
+def _unpack(session: Session, work: Workspace, write_tar: Feed, option: str, channel: Channel, report: Reporter) -> int:
+    try:
+        sent = send_tar(channel, session, work.context, write_tar, option, report)
+    except UnpackError as error:
+        raise _unpack_failed(error.details) from error
+    if sent is not None:
+        return sent
+    with report.meter("context", None) as meter:
+        counter = _Counter(meter)
+        _unpack_over_ssh(session, work, lambda sink: write_tar(counter.through(sink)), option)
+        return counter.total
+
+
+def _unpack_over_ssh(session: Session, work: Workspace, write_tar: Feed, option: str) -> None:
     """Send a tar stream compressed: user-mode networking is slower than an emulated zstd (docs/design.md)."""
     errors = bytearray()
     # Without warnings, about a time in the future say, whatever is said tells that one of the two failed.

@@ -55,6 +55,8 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
         *_drive("root", "raw", str(image.root), qemu, read_only=True),
         *_drive("disk", "qcow2", files.disk.name, qemu),
         *_drive("seed", "raw", files.seed.name, qemu, read_only=True),
+        *_drive("inbox", "raw", files.inbox.name, qemu, read_only=True),
+        *_drive("outbox", "raw", files.outbox.name, qemu),
         *("-netdev", "user,id=net,net=10.0.2.0/24,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-device", "virtio-rng-pci"),

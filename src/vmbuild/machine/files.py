@@ -48,6 +48,16 @@ class MachineFiles:
         return self.folder / "seed.tar"
 
     @property
+    def inbox(self) -> Path:
+        """The raw drive on which bulk data goes into the guest."""
+        return self.folder / "inbox.raw"
+
+    @property
+    def outbox(self) -> Path:
+        """The raw drive on which bulk data comes out of the guest."""
+        return self.folder / "outbox.raw"
+
+    @property
     def facts(self) -> Path:
         """What the machine was last started as, JSON."""
         return self.folder / "machine.json"

@@ -21,12 +21,15 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.qmp import Qmp
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import MIB, MachineSpec, MachineStatus, format_size
+from vmbuild.model import GIB, MIB, MachineSpec, MachineStatus, format_size
 from vmbuild.report import Reporter
 from vmbuild.whole import writing_in
 
 START_S = 60.0
 """How long QEMU may take to open its monitor: it allocates and loads first."""
+
+BOX_BYTES = 64 * GIB
+"""What the drives of bulk data hold, virtually: more than a build context or a container image is."""
 
 LOAD_S = 600.0
 """How long a saved memory may take to be read: it may be large, and the host's disk slow."""
@@ -115,6 +118,7 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
     _clear_runtime(files)
     if files.console_log.exists():
         files.console_log.replace(files.console_log.with_suffix(".log.1"))
+    _make_boxes(files)
     facts = describe(spec, qemu, disk_size(files))
     write_facts(files, facts)
     argv = qemu_argv(spec, qemu, files, facts.uuid) + (["-incoming", "defer"] if restore else [])
@@ -133,6 +137,16 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
         restore.at_last()
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
             qmp.execute("cont")
+
+
+def _make_boxes(files: MachineFiles) -> None:
+    """Make the drives of bulk data anew, empty and sparse: of one size, which a saved guest remembers."""
+    with writing_in(files.folder):
+        for path in (files.inbox, files.outbox):
+            path.unlink(missing_ok=True)
+            with path.open("xb") as box:
+                path.chmod(0o600)
+                box.truncate(BOX_BYTES)
 
 
 def _load(files: MachineFiles, restore: Restore, limit: Deadline) -> None:

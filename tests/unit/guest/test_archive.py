@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tests.unit.guest.drives import DriveSession, make_channel
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
+from vmbuild.guest import archive
 from vmbuild.guest.archive import check_output, full_reference, open_output, write_archive
 from vmbuild.guest.session import Feed, Output, Tick
 from vmbuild.report import SilentReporter
@@ -108,6 +110,30 @@ def test_a_layer_that_the_host_has_does_not_travel(tmp_path: Path) -> None:
     local.write_bytes(LAYER[1])
     assert write(store, {digest(LAYER[1]): local}) == write(BlobStore(LAYER))
     assert digest(LAYER[1]) not in store.read
+
+
+def test_by_way_of_the_drives_it_is_the_same_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ("application/vnd.oci.image.layer.v1.tar", b"other" * 500_000)
+    store = BlobStore(LAYER, other)
+    expected = write(BlobStore(LAYER, other))
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for name, data in store.blobs.items():
+        (blobs / name).write_bytes(data)
+    monkeypatch.setattr(archive, "BLOBS", str(blobs))
+    local = tmp_path / "layer"
+    local.write_bytes(other[1])
+    for known in ({}, {digest(other[1]): local}):
+        out = io.BytesIO()
+        session, drives = DriveSession(tmp_path / "drives"), make_channel(tmp_path / "drives")
+        find = dict[str, Path](known).get
+        size = write_archive(session, f"sha256:{store.digest}", ["a:1"], out, find, SilentReporter(), drives)
+        assert size == len(out.getvalue())
+        assert out.getvalue() == expected
+    blob = blobs / digest(LAYER[1])
+    blob.write_bytes(bytes([LAYER[1][0] ^ 1]) + LAYER[1][1:])
+    with pytest.raises(GuestError, match="other content"):
+        write_archive(session, f"sha256:{store.digest}", [], io.BytesIO(), lambda _: None, SilentReporter(), drives)
 
 
 def test_a_layer_that_is_there_twice_travels_once() -> None:

@@ -1,0 +1,249 @@
+"""Bulk bytes into the guest and out of it, over two raw drives that host and guest both see.
+
+User-mode networking carries a tenth of it (docs/design.md). The host writes the inbox and reads the outbox as files;
+the guest has both as block devices, without a file system.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from vmbuild.errors import GuestError
+from vmbuild.guest.session import Feed, Session
+from vmbuild.lock import attempt
+from vmbuild.model import KIB, MIB
+from vmbuild.report import Meter, Reporter
+
+BLOCK = 512
+CHUNK_BYTES = MIB
+NO_DRIVE = 9
+STALE = 10
+
+PIECE_BYTES = MIB
+"""Where a blob may begin in the outbox: the guest writes past its page cache, in pieces of this size."""
+
+RECORD_BYTES = 128 * KIB
+TELL_EVERY = 40
+"""After so many records of that size tar tells how far it is."""
+
+FIND = """
+drive() {
+    for block in /sys/block/vd*; do
+        [ "$(cat "$block/serial")" = "vmbuild-$1" ] && echo "/dev/${block##*/}" && return
+    done
+    return 9
+}
+"""
+
+# tar reads the drive itself: under emulation a pipe moves 15 MB/s. A drive that nobody has open has no pages in the
+# guest's cache, so what is read is what the host wrote last; the stamp behind the archive proves it.
+UNPACK = (
+    FIND
+    + f"""
+inbox=$(drive inbox) || exit 9
+[ "$(dd if="$inbox" bs=512 skip="$3" count=1 2>/dev/null | head -n 1)" = "$4" ] || exit 10
+exec /usr/bin/tar -x -b {RECORD_BYTES // 512} --warning=none --checkpoint={TELL_EVERY} \
+    --checkpoint-action=echo=%u -f "$inbox" -C "$1" "$2"
+"""
+)
+
+# Each file goes to the next place, past the page cache but for its end, and is told when it lies there.
+WRITE = (
+    FIND
+    + f"""
+outbox=$(drive outbox) || exit 9
+at=0
+for blob; do
+    size=$(stat -c %s "$blob") || exit
+    whole=$((size / {PIECE_BYTES}))
+    put() {{ dd if="$blob" of="$outbox" bs={PIECE_BYTES} conv=notrunc "$@" 2>/dev/null; }}
+    [ $whole = 0 ] || put count=$whole seek=$at oflag=direct || exit
+    put skip=$whole seek=$((at + whole)) conv=notrunc,fsync || exit
+    echo "$at $size"
+    at=$((at + whole + 1))
+done
+"""
+)
+
+
+TakeBlob = Callable[[int, Iterator[bytes]], None]
+
+_CHECKPOINT = re.compile(r"^(?:\S*tar: )?(\d+)$")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The files of the host behind a machine's two raw drives, and the lock of who uses them."""
+
+    inbox: Path
+    outbox: Path
+    lock: Path
+
+
+def send_tar(
+    channel: Channel, session: Session, folder: str, write_tar: Feed, option: str, report: Reporter
+) -> int | None:
+    """Unpack a tar stream in a folder of the guest, with an option for tar; return its bytes.
+
+    None when this way is closed: another build uses it, the machine has no such drives, or the host no room.
+    Raises UnpackError when the guest cannot unpack it.
+    """
+    with attempt(channel.lock) as is_ours:
+        if not is_ours or not channel.inbox.exists():
+            return None
+        try:
+            with report.meter("context", None) as meter:
+                size, stamp = _fill(channel.inbox, write_tar, meter)
+            with report.meter("unpack", size) as meter:
+                done = _unpack(session, folder, option, size, stamp, meter)
+        except _NoRoom:
+            return None
+        finally:
+            _empty(channel.inbox)
+        return size if done else None
+
+
+def _fill(inbox: Path, write_tar: Feed, meter: Meter) -> tuple[int, str]:
+    """Write a tar stream to the inbox, and a stamp behind it; return its bytes and the stamp."""
+    stamp = secrets.token_hex(16)
+    with inbox.open("r+b", buffering=0) as file:
+        sink = _Box(file, meter)
+        write_tar(sink)
+        size = sink.size
+        sink.write(bytes(-size % BLOCK) + f"{stamp}\n".encode().ljust(BLOCK, b"\0"))
+    return size, stamp
+
+
+def _unpack(session: Session, folder: str, option: str, size: int, stamp: str, meter: Meter) -> bool:
+    """Have the guest unpack what lies in its inbox; tell whether it found it there. Raises GuestError."""
+    errors, told = _Lines(), 0
+
+    def listen(data: bytes) -> None:
+        nonlocal told
+        for line in errors.take(data):
+            if match := _CHECKPOINT.search(line):
+                now = min(size, int(match[1]) * RECORD_BYTES)
+                meter.advance(now - told)
+                told = now
+            else:
+                errors.kept.append(line)
+
+    argv = ["sh", "-c", UNPACK, "unpack", folder, option, str(-(-size // BLOCK)), stamp]
+    code = session.run(argv, on_stderr=listen)
+    if code in (NO_DRIVE, STALE):
+        return False
+    if code != 0 or errors.kept:
+        raise UnpackError("what was sent could not be unpacked in the guest", details="\n".join(errors.kept))
+    meter.advance(size - told)
+    return True
+
+
+def receive(channel: Channel, session: Session, paths: Sequence[tuple[str, int]], take: TakeBlob) -> bool:
+    """Pass on files of the guest, each with its path and size in bytes, as they come to lie in the outbox.
+
+    `take` gets the number of the file and its content, piece by piece. False when this way is closed; nothing has been
+    passed on then. Raises GuestError when a file is not there or has another size.
+    """
+    room = channel.outbox.stat().st_size if channel.outbox.exists() else 0
+    if sum(size // PIECE_BYTES + 1 for _, size in paths) * PIECE_BYTES > room:
+        return False
+    with attempt(channel.lock) as is_ours:
+        if not is_ours:
+            return False
+        try:
+            return _receive(channel.outbox, session, paths, take)
+        finally:
+            _empty(channel.outbox)
+
+
+def _receive(outbox: Path, session: Session, paths: Sequence[tuple[str, int]], take: TakeBlob) -> bool:
+    lines, errors, number, at = _Lines(), bytearray(), 0, 0
+    with outbox.open("rb") as box:
+
+        def listen(data: bytes) -> None:
+            nonlocal number, at
+            for line in lines.take(data):
+                path, size = paths[number] if number < len(paths) else ("nothing more", -1)
+                if line != f"{at} {size}":
+                    raise GuestError(f"the guest says {line!r} of {path}, which should be {size} bytes")
+                take(number, _pieces(box, at * PIECE_BYTES, size))
+                number, at = number + 1, at + size // PIECE_BYTES + 1
+
+        argv = ["sh", "-c", WRITE, "write", *(path for path, _ in paths)]
+        code = session.run(argv, on_stdout=listen, on_stderr=errors.extend)
+    if code == NO_DRIVE and number == 0:
+        return False
+    if code != 0 or number != len(paths):
+        raise GuestError(
+            f"the guest could not give out {paths[min(number, len(paths) - 1)][0]}",
+            details=errors.decode(errors="replace"),
+        )
+    return True
+
+
+def _pieces(box: IO[bytes], at: int, size: int) -> Iterator[bytes]:
+    box.seek(at)
+    while size > 0:
+        data = box.read(min(CHUNK_BYTES, size))
+        if not data:
+            raise GuestError("the guest's outbox became shorter while it was read")
+        size -= len(data)
+        yield data
+
+
+def _empty(box: Path) -> None:
+    """Give the host its disk space back; the size stays, which the guest knows."""
+    with suppress(OSError):
+        size = box.stat().st_size
+        os.truncate(box, 0)
+        os.truncate(box, size)
+
+
+class UnpackError(GuestError):
+    """tar in the guest failed; the details have its words."""
+
+
+class _NoRoom(Exception):
+    """The host's disk, or the inbox, cannot hold what is to be sent."""
+
+
+class _Box:
+    """A sink that writes to the inbox, and counts."""
+
+    def __init__(self, file: io.FileIO, meter: Meter) -> None:
+        self.size = 0
+        self._file = file
+        self._meter = meter
+        self._room = os.fstat(file.fileno()).st_size - 2 * BLOCK
+
+    def write(self, data: bytes, /) -> None:
+        if self.size + len(data) > self._room:
+            raise _NoRoom
+        self.size += len(data)
+        self._meter.advance(len(data))
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise _NoRoom from error
+
+
+class _Lines:
+    """Cuts what comes in pieces into lines."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+        self._rest = b""
+
+    def take(self, data: bytes) -> list[str]:
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
