@@ -142,7 +142,7 @@ def _ended_after(running: Running) -> Iterator[None]:
         raise
     with suppress(VmbuildError):  # the build is done, whatever becomes of its machine now
         _end(running)
-        resources.trim_later(running.session)
+        resources.give_back_later(running.session)
 
 
 def _end(running: Running) -> None:

@@ -77,6 +77,15 @@ def test_memory_that_the_guest_freed_leaves_qemu(cli: Cli) -> None:
     fresh.ok("destroy", "--yes")
 
 
+def test_what_a_build_left_in_the_page_cache_leaves_qemu(based: Cli, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(f"FROM {BASE}\n")
+    based.guest("dd if=/dev/urandom of=/disk/filled bs=1M count=800 2>/dev/null; sync")
+    full = based.ok("status", "--json").json()["rss_bytes"]
+    based.ok("build", str(tmp_path))
+    wait_until(lambda: full - based.ok("status", "--json").json()["rss_bytes"] > 500 * MIB, "memory is given back", 60)
+    based.guest("rm /disk/filled")
+
+
 def test_a_step_that_was_killed_for_want_of_memory(resized: Cli, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text(f"FROM {BASE}\nRUN tail /dev/zero\n")
     resized.guest("swapoff /dev/zram0")

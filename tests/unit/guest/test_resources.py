@@ -45,10 +45,38 @@ def test_cpus_are_turned_on_and_off_in_order(tmp_path: Path, count: int, wanted:
 
 def test_a_guest_that_cannot_is_said() -> None:
     session = FakeSession((("sh",), Reply(1, stderr=b"Device or resource busy")))
-    for do in (resources.trim, resources.trim_later, resources.grow_file_system):
+    for do in (resources.trim, resources.give_back_later, resources.grow_file_system):
         with pytest.raises(GuestError) as caught:
             do(session)
         assert "busy" in caught.value.details
+
+
+MEMINFO = "Cached: 900000 kB\nActive(anon): 900000 kB\nActive(file): 200000 kB\nInactive(file): {} kB\n"
+
+
+@pytest.mark.parametrize(
+    ("inactive", "building", "drops"), [(200000, False, True), (100000, False, False), (200000, True, False)]
+)
+def test_a_large_cache_goes_when_nobody_builds(tmp_path: Path, inactive: int, building: bool, drops: bool) -> None:
+    (tmp_path / "sys/vm").mkdir(parents=True)
+    (tmp_path / "meminfo").write_text(MEMINFO.format(inactive))
+    fakes = f"""
+        sync() {{ :; }}
+        pidof() {{ [ "$1" = docker-buildx ] && {str(building).lower()}; }}
+        fstrim() {{ echo "$1" >{tmp_path}/trimmed; }}
+    """
+    subprocess.run(["sh", "-c", fakes + resources.GIVE_BACK.replace("/proc", str(tmp_path))], check=True)
+    assert (tmp_path / "sys/vm/drop_caches").exists() == drops
+    assert (tmp_path / "sys/vm/compact_memory").exists() == drops
+    assert (tmp_path / "trimmed").read_text() == "/disk\n"
+
+
+def test_nobody_waits_for_what_is_given_back() -> None:
+    session = FakeSession((("sh",), Reply()))
+    resources.give_back_later(session)
+    (call,) = session.calls
+    assert call.argv[2].endswith("&")
+    assert call.argv[-1] == resources.GIVE_BACK
 
 
 LOG = b"""[    1.000000] Booting Linux
