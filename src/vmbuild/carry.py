@@ -39,10 +39,12 @@ def check_limits(limits: Limits, seconds_left: float) -> None:
             f"the time limit leaves nothing for the build: {limits.reserve_s:.0f} s are kept to suspend it",
             resolution="Give a longer --time-limit, or a shorter --reserve.",
         )
-    if limits.suspend_to is not None and not limits.suspend_to.parent.is_dir():
-        raise UsageError(
-            f"cannot write a bundle to {limits.suspend_to}", resolution="Name a file or a folder that exists."
-        )
+    _check_target(limits.suspend_to)
+
+
+def _check_target(target: Path | None) -> None:
+    if target is not None and not target.parent.is_dir():
+        raise UsageError(f"cannot write a bundle to {target}", resolution="Name a file or a folder that exists.")
 
 
 def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callable[[Guard], T]) -> T:
@@ -64,7 +66,11 @@ def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callab
 
 
 def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Suspension:
-    """Suspend a machine, and pack it as a bundle if a place for one is given. Raises MachineError or HostError."""
+    """Suspend a machine, and pack it as a bundle if a place for one is given.
+
+    Raises UsageError for a place that there is not, MachineError or HostError.
+    """
+    _check_target(target)
     saved = operate.suspend(name, home, report)
     if target is not None:
         files = existing(name, home)

@@ -87,11 +87,16 @@ def _power_off(files: MachineFiles, deadline: Deadline) -> None:
         session.close()
 
 
+def exists(name: str, home: Home) -> bool:
+    """Tell whether there is a machine by this name."""
+    return MachineFiles.at(home.state, name).folder.exists()
+
+
 def destroy(name: str, home: Home, report: Reporter) -> bool:
     """Stop the machine without asking and delete its folder: disk, keys, logs. Tell whether there was one."""
-    files = MachineFiles.at(home.state, name)
-    if not files.folder.exists():
+    if not exists(name, home):
         return False
+    files = MachineFiles.at(home.state, name)
     with lifetime.lock(files, report):
         if not files.folder.exists():  # another destroy was first
             return False

@@ -55,6 +55,10 @@ class Value:
     origin: str
 
 
+FORMS = {"TIME": "TIME, such as 90s, 45m or 2h", "SIZE": "SIZE, such as 2G", "N": "a number"}
+"""How a value is written, by its metavar."""
+
+
 def _parse_cpus(text: str) -> int:
     cpus = int(text)
     if not 1 <= cpus <= MAX_CPUS:
@@ -257,7 +261,8 @@ def _choose(
         raise UsageError(f"{error.brief} (from {origin})", resolution=error.resolution) from error
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f"{text!r} is no value for {setting.key} (from {origin})", resolution=f"{setting.metavar}: {setting.help}"
+            f"{text!r} is no value for {setting.key} (from {origin})",
+            resolution=f"{FORMS.get(setting.metavar, setting.metavar)}: {setting.help}",
         ) from error
 
 

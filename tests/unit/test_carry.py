@@ -579,7 +579,7 @@ def test_a_packing_that_ends_early_leaves_the_older_bundle_and_the_machine(
 
 def test_a_place_that_cannot_be_written_keeps_the_machine(world: World) -> None:
     with pytest.raises(HostError, match="cannot write") as caught:
-        carry.suspend("box", world.cwd / "none" / "x", world.here, SilentReporter())
+        carry.suspend("box", world.cwd, world.here, SilentReporter())  # a folder
     assert "vmbuild up" in caught.value.resolution
     assert machines(world.here) == [("box", "suspended")]
 
@@ -722,3 +722,9 @@ def test_facts_in_a_bundle_are_all_that_resuming_needs(world: World, packed: Sus
         "suspension": asdict(packed),
         "builds": [json.loads(json.dumps(asdict(replace(BUILD, cwd=""))))],
     }
+
+
+def test_a_place_that_there_is_not_suspends_nothing(world: World, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write a bundle"):
+        carry.suspend("box", tmp_path / "none" / "b.vmbundle", world.here, SilentReporter())
+    assert not MachineFiles.at(world.here.state, "box").suspension.exists()

@@ -162,8 +162,32 @@ def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str])
     assert built == []
 
 
+def test_destroy_asks_for_nothing_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["destroy", "nobody"]) == 0
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_up_takes_a_name_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def up(request: MachineRequest, *_: object) -> MachineStatus:
+        asked.append(request.name)
+        return MachineStatus(request.name, "running")
+
+    monkeypatch.setattr(operate, "up", up)
+    assert run(["up", "box"]) == run(["up", "--name", "box"]) == 0
+    assert asked == ["box", "box"]
+
+
+@pytest.mark.parametrize("argv", [["up", "--timeout", "abc"], ["build", "--time-limit", "abc"]], ids=str)
+def test_a_time_that_is_none_says_how_one_is_written(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(argv) == 2
+    assert "45m" in capsys.readouterr().err
+
+
 def test_destroy_does_not_ask_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operate, "destroy", fail_with(AssertionError("destroyed")))
+    monkeypatch.setattr(operate, "exists", lambda *_: True)
     monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: PTH123, SIM115
     assert run(["destroy"]) == 2
 
@@ -302,7 +326,7 @@ def test_a_closed_standard_input_is_an_empty_one() -> None:
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [("destroy <&-", 2), ("status nobody >&-", 2), ("config >&-", 0), ("build ./none <&- >&- 2>&-", 2)],
+    [("destroy <&-", 0), ("status nobody >&-", 2), ("config >&-", 0), ("build ./none <&- >&- 2>&-", 2)],
 )
 def test_a_closed_stream_is_no_defect(command: str, code: int) -> None:
     done = run_program(f'"$0" {command}')

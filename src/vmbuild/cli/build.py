@@ -34,7 +34,13 @@ suspend_to_option = click.option(
 @click.option("--platform", default="linux/arm64", show_default=True, help="The platform to build for.")
 @click.option("--no-cache", is_flag=True, help="Do not use the build cache.")
 @click.option("--pull", is_flag=True, help="Ask the registry for newer base images.")
-@click.option("--progress", type=click.Choice(["auto", "plain", "tty", "rawjson"]), default="auto", show_default=True)
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "tty", "rawjson"]),
+    default="auto",
+    show_default=True,
+    help="How BuildKit shows what it does; rawjson is for programs.",
+)
 @click.option("-o", "--output", metavar="FILE|-", help="Write the container image as a docker archive; - is stdout.")
 @click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")

@@ -14,13 +14,14 @@ from vmbuild.model import MIB, MachineStatus, format_size, parse_size
 
 
 @click.command()
+@name_argument
 @start_options
 @as_json
-def up(as_json: bool, **flags: Any) -> None:
+def up(positional: str | None, as_json: bool, **flags: Any) -> None:
     """Start the machine, or find it running; return when Docker answers."""
     from vmbuild import operate, ui
 
-    found = read_settings(flags)
+    found = read_settings(flags, positional)
     status = operate.up(found.as_request(), found.home(), ui.TerminalReporter())
     if as_json:
         ui.print_json(status)
@@ -181,6 +182,8 @@ def suspend(positional: str | None, to: str | None, as_json: bool, **flags: Any)
     else:
         name, size = found["name"], format_size(saved.size_bytes)
         ui.say(f"The machine {name} is suspended ({size}); `vmbuild up --name {name}` goes on with it.")
+        if target is not None:
+            ui.say(f"It is in {target} too ({format_size(target.stat().st_size)}), for `vmbuild resume` elsewhere.")
 
 
 @click.command()
@@ -192,7 +195,7 @@ def destroy(positional: str | None, yes: bool, **flags: Any) -> None:
     from vmbuild import operate, ui
 
     found = read_settings(flags, positional)
-    if not yes:
+    if not yes and operate.exists(found["name"], found.home()):
         if not sys.stdin.isatty():
             raise UsageError("destroy asks before it deletes, and nobody is there", resolution="Add --yes.")
         click.confirm(f"Delete the machine {found['name']} and all container images on it?", abort=True, err=True)
