@@ -65,7 +65,7 @@ def test_start_ask_stop(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> N
     with Qmp(files.qmp, Deadline.after(5)) as qmp:
         assert facts is not None and qmp.execute("query-uuid")["UUID"] == facts.uuid
         drives = {drive["inserted"]["node-name"]: drive["inserted"]["ro"] for drive in qmp.execute("query-block")}
-        assert drives == {"root": True, "disk": False, "seed": True}
+        assert drives == {"root": True, "disk": False, "seed": True, "inbox": True, "outbox": False}
         assert "read 512/512" not in qmp.hmp('qemu-io disk "read 0 512"')  # goes to QEMU's own output
     assert "read 512/512 bytes" in files.qemu_log.read_text()
     lifetime.stop(files, Deadline.after(5))
