@@ -34,6 +34,7 @@ df -k /disk | awk 'END { print "disk:", $3 }'
 # to the next build: Docker's own programs, which QEMU has to translate again when they lie in other pages. Compaction
 # because only whole pieces go back (page_reporting_order in the guest image's row).
 GIVE_BACK = """
+renice -n 19 -p $$
 sync
 is_large='/^(Active|Inactive).file/ { cache += $2 } END { exit cache <= 384 * 1024 }'
 if awk "$is_large" /proc/meminfo && ! pidof docker-buildx; then # a build that runs now gives back at its own end
@@ -89,6 +90,5 @@ def trim(session: Session) -> None:
 
 def give_back_later(session: Session) -> None:
     """Give back disk and memory when the guest has nothing better to do, without waiting. Raises GuestError."""
-    # perl, because the guest's busybox has no `nice`.
-    script = "setsid perl -e 'setpriority 0, 0, 19; exec @ARGV' sh -c \"$1\" </dev/null >/dev/null 2>&1 &"
+    script = 'setsid sh -c "$1" </dev/null >/dev/null 2>&1 &'
     capture(session, ["sh", "-c", script, "later", GIVE_BACK], deadline=Deadline.after(ANSWER_S))

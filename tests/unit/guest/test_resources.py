@@ -62,6 +62,7 @@ def test_a_large_cache_goes_when_nobody_builds(tmp_path: Path, inactive: int, bu
     (tmp_path / "meminfo").write_text(MEMINFO.format(inactive))
     fakes = f"""
         sync() {{ :; }}
+        renice() {{ :; }}
         pidof() {{ [ "$1" = docker-buildx ] && {str(building).lower()}; }}
         fstrim() {{ echo "$1" >{tmp_path}/trimmed; }}
     """
@@ -77,6 +78,12 @@ def test_nobody_waits_for_what_is_given_back() -> None:
     (call,) = session.calls
     assert call.argv[2].endswith("&")
     assert call.argv[-1] == resources.GIVE_BACK
+
+
+def test_the_guest_has_what_the_scripts_run() -> None:
+    """Nobody would see what fails in the background."""
+    has = (Path(__file__).parents[3] / "images/guest/applets").read_text().split()
+    assert {"awk", "fstrim", "pidof", "renice", "setsid", "sh", "sync"} <= set(has)
 
 
 LOG = b"""[    1.000000] Booting Linux
