@@ -16,13 +16,12 @@ from vmbuild.errors import HostError, MachineError, SuspendedError, TimeIsUp, Us
 from vmbuild.guard import Guard, Limits
 from vmbuild.machine import bundle, facts, lifetime, suspension
 from vmbuild.machine.files import MachineFiles
-from vmbuild.machine.probe import probe
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import BuildResult, Home, MachineRequest, MachineSpec
+from vmbuild.model import BuildResult, Home, MachineRequest
 from vmbuild.plain import read_plain
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import existing, image_of, open_session
+from vmbuild.start import existing, fit_here, open_session
 from vmbuild.whole import writing_in
 
 T = TypeVar("T")
@@ -106,7 +105,7 @@ def bundle_place(text: str, name: str) -> Path:
 
 def name_for(path: Path, request: MachineRequest) -> str:
     """Return the name that the machine in a bundle gets: the one that was asked for, else the one it had."""
-    return request.name if "name" in request.given else _About.read(_find_bundle(path)).name
+    return _About.read(_find_bundle(path)).name_for(request)
 
 
 def resume(
@@ -119,11 +118,13 @@ def resume(
     """
     path = _find_bundle(path)
     about = _About.read(path)
-    request = replace(request, name=name_for(path, request))
+    request = replace(request, name=about.name_for(request))
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         if not _is_here(files, about):
-            _check(about, request, home, report)
+            # Before gigabytes are unpacked, or a guest image is assembled for nothing.
+            suspension.refuse_differences(about.suspension, request)
+            fit_here(about.suspension, request, home, report)
             _unpack(path, about, files, report)
     with open_session(request, home, report):
         pass
@@ -152,12 +153,15 @@ class _About:
     """What a bundle says of itself."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self.name = data["name"]
-        if not isinstance(self.name, str):
-            raise TypeError(f"a machine cannot be named {self.name!r}")
+        self._name = data["name"]
+        if not isinstance(self._name, str):
+            raise TypeError(f"a machine cannot be named {self._name!r}")
         self.suspension = read_plain(Suspension, data["suspension"])
         cwd = str(Path.cwd())
         self.builds = [replace(BuildRecord.from_data(each), cwd=cwd) for each in data["builds"]]
+
+    def name_for(self, request: MachineRequest) -> str:
+        return request.name if "name" in request.given else self._name
 
     @classmethod
     def read(cls, path: Path) -> _About:
@@ -177,14 +181,6 @@ def _is_here(files: MachineFiles, about: _About) -> bool:
         f"there is a machine named {files.name} already",
         resolution=f"Give the one in the bundle another name with --name, or `vmbuild destroy {files.name}` first.",
     )
-
-
-def _check(about: _About, request: MachineRequest, home: Home, report: Reporter) -> None:
-    """See that this host can go on with a bundle, before gigabytes are unpacked."""
-    image = image_of(about.suspension, request, home, report)
-    suspension.refuse_differences(about.suspension, request)
-    spec = MachineSpec(request.name, request.cpus, request.memory_mib, 0, image)
-    suspension.fit(about.suspension, spec, probe(image.arch, home.cache))
 
 
 def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) -> None:

@@ -175,9 +175,7 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     """
     suspension.refuse_differences(kept, request)
     _warn_of_differences(request, lifetime.status(files), report)
-    image = image_of(kept, request, home, report)
-    qemu = probe(image.arch, home.cache)
-    spec = suspension.fit(kept, MachineSpec(files.name, request.cpus, request.memory_mib, 0, image), qemu)
+    spec, qemu = fit_here(kept, request, home, report)
     write_seed(files, f"vmbuild-{files.name}", seed.proxies(os.environ))
     report.step(f"Going on with the suspended machine {files.name}")
     with ThreadPoolExecutor(1) as beside:
@@ -192,7 +190,14 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     return session
 
 
-def image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
+def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> tuple[MachineSpec, Qemu]:
+    """Return the machine that can go on from a suspension on this host, and the QEMU for it. Raises MachineError."""
+    image = _image_of(kept, request, home, report)
+    qemu = probe(image.arch, home.cache)
+    return suspension.fit(kept, MachineSpec(request.name, request.cpus, request.memory_mib, 0, image), qemu), qemu
+
+
+def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
     spec = catalog.load_image(kept.facts.image)
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)

@@ -77,8 +77,7 @@ def world(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("CI", "true")  # no snapshot is made in the background
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
     monkeypatch.setattr(store, "find_digest", lambda *_: make_spec(tmp_path).image)
-    for module in (start, carry):
-        monkeypatch.setattr(module, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: world.guest)
     monkeypatch.setattr(start, "connect", lambda *_: world.guest)
     monkeypatch.chdir(world.cwd)
@@ -300,7 +299,7 @@ def test_what_does_not_fit_is_told_before_anything_is_unpacked(
     monkeypatch.setattr(bundle, "unpack", unpack)
     with pytest.raises(UsageError, match="suspended with memory 2048"):
         world.resume(memory_mib=4096, demanded=frozenset({"memory"}))
-    monkeypatch.setattr(carry, "probe", lambda *_: make_qemu(accel="kvm"))
+    monkeypatch.setattr(start, "probe", lambda *_: make_qemu(accel="kvm"))
     with pytest.raises(MachineError, match="cannot go on") as caught:
         world.resume()
     assert "under kvm" in caught.value.details

@@ -121,7 +121,7 @@ ALLOWED: dict[str, set[str]] = {
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
     | {"start", "operate", "follow", "guard"}
-    | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "probe", "suspension")},
+    | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
     | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
