@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 from vmbuild.errors import UsageError
 
@@ -68,29 +69,85 @@ class Repository:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """A row of the catalogue: how one guest image is made and what it boots on.
+    """A row of the catalogue: what every kind of guest image has.
 
-    `folder` is where the catalogue file lies (guest files and keys are found relative to it). `modules` are loaded
-    in the initramfs, `exclude` are path prefixes left out of the root tree, `without` are packages left out of
-    the dependency closure.
+    `folder` is where the catalogue file lies; guest files and keys are found relative to it.
     """
 
+    kind: ClassVar[str]
     name: str
-    kind: str
     arch: Arch
     description: str
     folder: Path
-    repositories: tuple[Repository, ...]
+    guest_files: Path
     keyrings: tuple[Path, ...]
+    machine_type: str
+    cpu_model: str
+
+
+@dataclass(frozen=True)
+class ApplianceSpec(ImageSpec):
+    """A guest image that is assembled from Debian packages and booted without firmware.
+
+    `modules` are loaded in the initramfs, `exclude` are path prefixes left out of the root tree, `without` are
+    packages left out of the dependency closure.
+    """
+
+    kind: ClassVar[str] = "appliance"
+    repositories: tuple[Repository, ...]
     packages: tuple[str, ...]
     without: tuple[str, ...]
     exclude: tuple[str, ...]
     kernel: str
     modules: tuple[str, ...]
-    guest_files: Path
-    machine_type: str
-    cpu_model: str
     kernel_args: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConsoleLogin:
+    """How to log in on a serial console: the prompts, as regular expressions, and what is answered."""
+
+    login_prompt: str
+    user: str
+    password_prompt: str
+    password: str
+    shell_prompt: str
+
+
+@dataclass(frozen=True)
+class DiskSpec(ImageSpec):
+    """A guest image that is a bootable disk from elsewhere.
+
+    `url` is `https:`, `http:` or `file:`. It is verified by `digest` (`sha256:...` or `sha512:...`), else by its line
+    in the file at `checksums`, which the keyrings must have signed where `signature` is given: a URL of its own, or
+    the checksums' own for a signature within. `system` chooses how Docker gets into it; it is first entered by `login`
+    on the serial console, or through cloud-init when that is None.
+    """
+
+    kind: ClassVar[str] = "disk"
+    url: str
+    digest: str | None
+    checksums: str | None
+    signature: str | None
+    system: str
+    login: ConsoleLogin | None
+
+
+@dataclass(frozen=True)
+class KernelBoot:
+    """A guest that QEMU boots directly: no firmware, a read-only root file system, a disk of its own beside it."""
+
+    kernel: Path
+    initrd: Path
+    root: Path
+    kernel_args: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DiskBoot:
+    """A guest that firmware boots from its disk, a copy of this one (qcow2)."""
+
+    disk: Path
 
 
 @dataclass(frozen=True)
@@ -100,12 +157,9 @@ class GuestImage:
     name: str
     digest: str
     arch: Arch
-    kernel: Path
-    initrd: Path
-    root: Path
     machine_type: str
     cpu_model: str
-    kernel_args: tuple[str, ...]
+    boot: KernelBoot | DiskBoot
     size_bytes: int
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.machine.conftest import make_spec
+from tests.unit.machine.conftest import kernel_boot, make_spec
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
@@ -40,7 +40,8 @@ def spec(tmp_path: Path) -> MachineSpec:
     folder = tmp_path / "image,1"
     folder.mkdir()
     spec = make_spec(folder, memory_mib=512)
-    for path in (spec.image.kernel, spec.image.initrd, spec.image.root):
+    boot = kernel_boot(spec)
+    for path in (boot.kernel, boot.initrd, boot.root):
         path.write_bytes(bytes(64 * 1024))
     return spec
 

@@ -19,6 +19,7 @@ import requests
 from tests.machine.conftest import Cli, wait_until
 from vmbuild.image.catalog import load_image
 from vmbuild.image.mirrors import mirror_urls
+from vmbuild.model import ApplianceSpec
 
 pytestmark = pytest.mark.machine
 
@@ -60,7 +61,9 @@ class Mirror:
 @pytest.fixture
 def mirror() -> Iterator[Mirror]:
     found = Mirror()
-    for repository in load_image("debian-13-arm64").repositories:
+    spec = load_image("debian-13-arm64")
+    assert isinstance(spec, ApplianceSpec)
+    for repository in spec.repositories:
         found.upstream[repository.mirror] = mirror_urls(repository, {})[0]
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ from vmbuild.errors import GuestImageError
 from vmbuild.image import kernel, rootfs
 from vmbuild.image.packages import Package, package_path
 from vmbuild.image.tree import File, Link, TreeWriter
-from vmbuild.model import ImageSpec
+from vmbuild.model import ApplianceSpec
 from vmbuild.report import Reporter
 
 RECIPE = 2
@@ -51,7 +51,7 @@ class KernelFiles:
 
 
 def assemble(
-    spec: ImageSpec, packages: Sequence[Package], downloads: Path, folder: Path, report: Reporter
+    spec: ApplianceSpec, packages: Sequence[Package], downloads: Path, folder: Path, report: Reporter
 ) -> dict[str, str]:
     """Write `kernel`, `initrd` and `root.squashfs` into a folder. Returns facts for the manifest (kernel release).
 
@@ -76,7 +76,7 @@ def assemble(
     return {"kernel_release": files.release}
 
 
-def read_kernel(spec: ImageSpec, packages: Sequence[Package], downloads: Path) -> KernelFiles:
+def read_kernel(spec: ApplianceSpec, packages: Sequence[Package], downloads: Path) -> KernelFiles:
     """Return the kernel image and modules out of the one package that has them."""
     package = _only([p for p in packages if p.name.startswith("linux-image-") and p.name != spec.kernel], "kernel")
     files = rootfs.read_files(package_path(package, downloads), ["boot/vmlinuz", "usr/lib/modules/"])
@@ -118,7 +118,7 @@ def _busybox(packages: Sequence[Package], downloads: Path) -> bytes:
     return _only(list(rootfs.read_files(package_path(package, downloads), [BUSYBOX]).values()), BUSYBOX)
 
 
-def _initramfs(spec: ImageSpec, files: KernelFiles, busybox: bytes) -> bytes:
+def _initramfs(spec: ApplianceSpec, files: KernelFiles, busybox: bytes) -> bytes:
     needed = kernel.load_order(files.modules, spec.modules, files.builtin)
     return kernel.pack_initramfs(
         [
@@ -132,7 +132,7 @@ def _initramfs(spec: ImageSpec, files: KernelFiles, busybox: bytes) -> bytes:
 
 
 def _own_entries(
-    spec: ImageSpec, packages: Sequence[Package], downloads: Path, files: KernelFiles
+    spec: ApplianceSpec, packages: Sequence[Package], downloads: Path, files: KernelFiles
 ) -> list[File | Link]:
     entries: list[File | Link] = [*guest_files(spec.guest_files / "root")]
     links = tomllib.loads((spec.guest_files / "links.toml").read_text())

@@ -6,12 +6,11 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from vmbuild.errors import GuestImageError, UsageError
-from vmbuild.model import Arch, ImageSpec, Repository
+from vmbuild.model import ApplianceSpec, Arch, ImageSpec, Repository
 
-KINDS = ("appliance",)
 MIRRORS = ("debian", "debian-security")
 
 T = TypeVar("T")
@@ -101,28 +100,55 @@ def list_bases(folders: Sequence[Path] | None = None) -> list[BaseSpec]:
 
 def _read_image(file: Path) -> ImageSpec:
     row = _Table.read(file)
-    boot = row.table("boot")
-    spec = ImageSpec(
-        name=row.choice("name", [file.stem]),
-        kind=row.choice("kind", KINDS),
-        arch=Arch(row.choice("arch", list(Arch))),
-        description=row.text("description"),
-        folder=file.parent,
+    read = READERS[row.choice("kind", READERS)]
+    spec = read(file, row, row.table("boot"))
+    row.end()
+    return spec
+
+
+def _read_appliance(file: Path, row: _Table, boot: _Table) -> ApplianceSpec:
+    spec = ApplianceSpec(
+        **_common(file, row, boot),
         repositories=_repositories(row),
-        keyrings=_keyrings(row, file.parent),
         packages=row.texts("packages"),
         without=row.texts("without", default=()),
         exclude=row.texts("exclude", default=()),
         kernel=boot.text("kernel"),
         modules=boot.texts("modules"),
-        guest_files=_beside(file.parent, "guest"),
-        machine_type=boot.text("machine_type"),
-        cpu_model=boot.text("cpu_model"),
         kernel_args=boot.texts("kernel_args"),
     )
     boot.end()
-    row.end()
     return spec
+
+
+class _Common(TypedDict):
+    """What every kind of row has."""
+
+    name: str
+    arch: Arch
+    description: str
+    folder: Path
+    guest_files: Path
+    keyrings: tuple[Path, ...]
+    machine_type: str
+    cpu_model: str
+
+
+def _common(file: Path, row: _Table, boot: _Table) -> _Common:
+    return {
+        "name": row.choice("name", [file.stem]),
+        "arch": Arch(row.choice("arch", list(Arch))),
+        "description": row.text("description"),
+        "folder": file.parent,
+        "guest_files": _beside(file.parent, "guest"),
+        "keyrings": _keyrings(row, file.parent),
+        "machine_type": boot.text("machine_type"),
+        "cpu_model": boot.text("cpu_model"),
+    }
+
+
+READERS = {"appliance": _read_appliance}
+"""How a row of each kind is read."""
 
 
 def _read_base(file: Path) -> BaseSpec:

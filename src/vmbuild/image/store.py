@@ -15,11 +15,12 @@ from pathlib import Path
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, debian, fetch, packages
 from vmbuild.lock import hold
-from vmbuild.model import Freed, GuestImage, ImageSpec
+from vmbuild.model import ApplianceSpec, DiskBoot, Freed, GuestImage, ImageSpec, KernelBoot
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
 
-PARTS = ("kernel", "initrd", "root.squashfs")
+PARTS = {"appliance": ("kernel", "initrd", "root.squashfs"), "disk": ("disk.qcow2",)}
+"""The files of a guest image, by the kind of its row."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Rep
     if found is not None:
         return found
     with hold(cache / "images" / f"{spec.name}.lock", report, f"assembles {spec.name}"):
-        return find(spec, cache) or _assemble(spec, mirrors, cache, report)
+        return find(spec, cache) or _make(spec, mirrors, cache, report)
 
 
 def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
@@ -153,11 +154,16 @@ def _load(spec: ImageSpec, cache: Path, digest: str) -> GuestImage:
     for part, facts in manifest["files"].items():
         if (folder / part).stat().st_size != facts["size"]:
             raise _damaged(spec, folder, f"{part} has another size")
-    kernel, initrd, root = (folder / part for part in PARTS)
     size = sum(facts["size"] for facts in manifest["files"].values())
-    return GuestImage(
-        spec.name, digest, spec.arch, kernel, initrd, root, spec.machine_type, spec.cpu_model, spec.kernel_args, size
-    )
+    return GuestImage(spec.name, digest, spec.arch, spec.machine_type, spec.cpu_model, _boot(spec, folder), size)
+
+
+def _boot(spec: ImageSpec, folder: Path) -> KernelBoot | DiskBoot:
+    parts = [folder / part for part in PARTS[spec.kind]]
+    if isinstance(spec, ApplianceSpec):
+        kernel, initrd, root = parts
+        return KernelBoot(kernel, initrd, root, spec.kernel_args)
+    return DiskBoot(*parts)
 
 
 def _damaged(spec: ImageSpec, folder: Path, what: str) -> GuestImageError:
@@ -167,8 +173,18 @@ def _damaged(spec: ImageSpec, folder: Path, what: str) -> GuestImageError:
     )
 
 
+def _make(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
+    if not isinstance(spec, ApplianceSpec):
+        raise GuestImageError(f"a guest image of kind {spec.kind} cannot be made yet")
+    closure = fetch_packages(spec, mirrors, cache, report)
+    with workspace(cache, spec.name) as folder:
+        facts: dict[str, object] = dict(appliance.assemble(spec, closure, cache / "packages", folder, report))
+        facts["packages"] = [{"name": p.name, "version": p.version, "sha256": p.sha256} for p in closure]
+        return publish(spec, cache, folder, facts)
+
+
 def fetch_packages(
-    spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter
+    spec: ApplianceSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter
 ) -> tuple[packages.Package, ...]:
     """Resolve a row's packages and bring them all into the cache, verified."""
     report.step(f"Reading the package lists for {spec.name}")
@@ -179,34 +195,33 @@ def fetch_packages(
     return closure
 
 
-def _assemble(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
-    closure = fetch_packages(spec, mirrors, cache, report)
-    with _workspace(cache / "images", spec.name) as folder:
-        facts = appliance.assemble(spec, closure, cache / "packages", folder, report)
-        manifest = json.dumps(_manifest(spec, closure, folder, facts), indent=1, sort_keys=True).encode()
-        (folder / "manifest.json").write_bytes(manifest)
-        digest = hashlib.sha256(manifest).hexdigest()
-        _publish(folder, cache / "images" / digest)
+def publish(spec: ImageSpec, cache: Path, folder: Path, facts: Mapping[str, object]) -> GuestImage:
+    """Give the files in a workspace their manifest and their name, and make them the row's guest image."""
+    manifest = json.dumps(_manifest(spec, folder, facts), indent=1, sort_keys=True).encode()
+    (folder / "manifest.json").write_bytes(manifest)
+    digest = hashlib.sha256(manifest).hexdigest()
+    _publish(folder, cache / "images" / digest)
     write_whole(_pointer(spec, cache), digest.encode())
     return _load(spec, cache, digest)
 
 
-def _manifest(
-    spec: ImageSpec, closure: tuple[packages.Package, ...], folder: Path, facts: Mapping[str, str]
-) -> dict[str, object]:
+def _manifest(spec: ImageSpec, folder: Path, facts: Mapping[str, object]) -> dict[str, object]:
     return {
         "name": spec.name,
         "arch": str(spec.arch),
         "recipe": recipe_digest(spec),
         **facts,
-        "packages": [{"name": p.name, "version": p.version, "sha256": p.sha256} for p in closure],
-        "files": {part: {"sha256": hash_file(folder / part), "size": (folder / part).stat().st_size} for part in PARTS},
+        "files": {
+            part: {"sha256": hash_file(folder / part), "size": (folder / part).stat().st_size}
+            for part in PARTS[spec.kind]
+        },
     }
 
 
 @contextmanager
-def _workspace(images: Path, name: str) -> Iterator[Path]:
+def workspace(cache: Path, name: str) -> Iterator[Path]:
     """Yield an empty folder for assembling in; the lock is held, so older ones are an interrupted run's remains."""
+    images = cache / "images"
     for remains in images.glob(f".{name}~*"):
         shutil.rmtree(remains)
     try:

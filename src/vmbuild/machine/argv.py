@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.model import Arch, MachineSpec
+from vmbuild.model import Arch, DiskBoot, KernelBoot, MachineSpec
 
 MAX_TB_MIB = 512
 """The translated code of a compiler and its friends fits; a full buffer throws everything away (QEMU, accel/tcg)."""
@@ -49,10 +49,7 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
         *("-smp", str(spec.cpus)),
         *("-m", f"{spec.memory_mib}M"),
         *("-rtc", "base=utc"),
-        *("-kernel", str(image.kernel)),
-        *("-initrd", str(image.initrd)),
-        *("-append", " ".join(image.kernel_args)),
-        *_drive("root", "raw", str(image.root), qemu, read_only=True),
+        *_boot(image.boot, qemu),
         *_drive("disk", "qcow2", files.disk.name, qemu),
         *_drive("seed", "raw", files.seed.name, qemu, read_only=True),
         *_drive("inbox", "raw", files.inbox.name, qemu, read_only=True),
@@ -76,9 +73,26 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
 
 def neutral_argv(spec: MachineSpec, qemu: Qemu) -> list[str]:
     """Return the argv without what differs between places and tells the guest nothing: names, paths, host features."""
-    image = replace(spec.image, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
+    image = replace(spec.image, boot=_anywhere(spec.image.boot))
     anywhere = replace(qemu, binary="", aio="", sandbox=False)
     return qemu_argv(replace(spec, name="", image=image), anywhere, MachineFiles(Path()), "")
+
+
+def _anywhere(boot: KernelBoot | DiskBoot) -> KernelBoot | DiskBoot:
+    if isinstance(boot, DiskBoot):
+        return DiskBoot(Path("disk"))
+    return replace(boot, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
+
+
+def _boot(boot: KernelBoot | DiskBoot, qemu: Qemu) -> list[str]:
+    if isinstance(boot, DiskBoot):
+        return []
+    return [
+        *("-kernel", str(boot.kernel)),
+        *("-initrd", str(boot.initrd)),
+        *("-append", " ".join(boot.kernel_args)),
+        *_drive("root", "raw", str(boot.root), qemu, read_only=True),
+    ]
 
 
 def _accel(spec: MachineSpec, qemu: Qemu) -> str:

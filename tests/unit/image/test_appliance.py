@@ -23,7 +23,7 @@ from vmbuild.image import appliance
 from vmbuild.image.appliance import assemble, guest_files, read_kernel
 from vmbuild.image.catalog import load_image
 from vmbuild.image.packages import Package, package_path
-from vmbuild.model import Arch, ImageSpec
+from vmbuild.model import ApplianceSpec, Arch
 from vmbuild.process import CommandError
 
 needs_squashfs = pytest.mark.skipif(
@@ -49,7 +49,7 @@ KERNEL: list[Entry] = [
 class Parts:
     """What goes into a guest image: its row, and packages that lie in `downloads`."""
 
-    spec: ImageSpec
+    spec: ApplianceSpec
     packages: list[Package]
     downloads: Path
 
@@ -82,9 +82,8 @@ def parts(tmp_path: Path) -> Parts:
     for name, text in texts.items():
         (guest / name).parent.mkdir(parents=True, exist_ok=True)
         (guest / name).write_text(text)
-    spec = ImageSpec(
+    spec = ApplianceSpec(
         name="test",
-        kind="appliance",
         arch=Arch.ARM64,
         description="",
         folder=tmp_path,

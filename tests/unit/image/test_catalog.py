@@ -8,7 +8,7 @@ import pytest
 
 from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.image.catalog import find_catalog, list_bases, list_images, load_base, load_image
-from vmbuild.model import Arch
+from vmbuild.model import ApplianceSpec, Arch
 
 SHIPPED = (find_catalog() / "debian-13-arm64.toml").read_text()
 
@@ -21,6 +21,7 @@ def write_image(folder: Path, text: str, name: str = "debian-13-arm64") -> Path:
 
 def test_the_default_image_loads() -> None:
     spec = load_image("debian-13-arm64")
+    assert isinstance(spec, ApplianceSpec)
     assert (spec.arch, spec.kind, spec.folder) == (Arch.ARM64, "appliance", find_catalog())
     assert [repository.suite for repository in spec.repositories] == ["trixie", "trixie-updates", "trixie-security"]
     assert [repository.optional for repository in spec.repositories] == [False, True, True]
@@ -30,7 +31,8 @@ def test_the_default_image_loads() -> None:
 
 def test_every_shipped_row_is_sound() -> None:
     assert "debian-13-arm64" in [spec.name for spec in list_images()]
-    for repositories in [row.repositories for row in list_images()] + [row.repositories for row in list_bases()]:
+    appliances = [row for row in list_images() if isinstance(row, ApplianceSpec)]
+    for repositories in [row.repositories for row in appliances] + [row.repositories for row in list_bases()]:
         assert not repositories[0].optional, "without its main repository nothing can be resolved"
         assert {repository.public_url.split("/")[2] for repository in repositories} <= {
             "ftp.debian.org",

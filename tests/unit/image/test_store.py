@@ -19,7 +19,7 @@ from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, store
 from vmbuild.image.packages import Package
 from vmbuild.image.store import Check, ensure, find, recipe_digest, verify
-from vmbuild.model import Arch, GuestImage, ImageSpec
+from vmbuild.model import ApplianceSpec, Arch, GuestImage, KernelBoot
 from vmbuild.report import Reporter, SilentReporter
 
 CONTENT = {"kernel": b"the kernel", "initrd": b"the initrd", "root.squashfs": b"the root file system"}
@@ -35,7 +35,7 @@ class Assembler:
         self.failure: BaseException | None = None
 
     def __call__(
-        self, spec: ImageSpec, packages: Sequence[Package], downloads: Path, folder: Path, report: Reporter
+        self, spec: ApplianceSpec, packages: Sequence[Package], downloads: Path, folder: Path, report: Reporter
     ) -> dict[str, str]:
         with self.log.open("a") as log:
             log.write(f"{spec.name}\n")
@@ -62,14 +62,13 @@ def assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assembler:
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> ImageSpec:
+def spec(tmp_path: Path) -> ApplianceSpec:
     """Return a row of the catalogue with one guest file."""
     guest = tmp_path / "guest"
     (guest / "root").mkdir(parents=True)
     (guest / "root" / "boot").write_text("#!/bin/sh\n")
-    return ImageSpec(
+    return ApplianceSpec(
         name="test",
-        kind="appliance",
         arch=Arch.ARM64,
         description="a test",
         folder=tmp_path,
@@ -93,8 +92,13 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def make(spec: ImageSpec, cache: Path) -> GuestImage:
+def make(spec: ApplianceSpec, cache: Path) -> GuestImage:
     return ensure(spec, {}, cache, SilentReporter())
+
+
+def boot_of(image: GuestImage) -> KernelBoot:
+    assert isinstance(image.boot, KernelBoot)
+    return image.boot
 
 
 def folders(cache: Path) -> list[str]:
@@ -106,27 +110,26 @@ def folders(cache: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("assembler")
-def test_guest_image_has_what_a_machine_needs(spec: ImageSpec, cache: Path) -> None:
+def test_guest_image_has_what_a_machine_needs(spec: ApplianceSpec, cache: Path) -> None:
     image = make(spec, cache)
     folder = cache / "images" / image.digest
     assert image == GuestImage(
         name="test",
         digest=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         arch=Arch.ARM64,
-        kernel=folder / "kernel",
-        initrd=folder / "initrd",
-        root=folder / "root.squashfs",
         machine_type="virt",
         cpu_model="cortex-a76",
-        kernel_args=("quiet",),
+        boot=KernelBoot(folder / "kernel", folder / "initrd", folder / "root.squashfs", ("quiet",)),
         size_bytes=sum(map(len, CONTENT.values())),
     )
-    assert {path.name: path.read_bytes() for path in (image.kernel, image.initrd, image.root)} == CONTENT
+    assert {
+        path.name: path.read_bytes() for path in (boot_of(image).kernel, boot_of(image).initrd, boot_of(image).root)
+    } == CONTENT
 
 
 @pytest.mark.usefixtures("assembler")
-def test_manifest_says_what_went_in(spec: ImageSpec, cache: Path) -> None:
-    manifest = json.loads((make(spec, cache).kernel.parent / "manifest.json").read_text())
+def test_manifest_says_what_went_in(spec: ApplianceSpec, cache: Path) -> None:
+    manifest = json.loads((boot_of(make(spec, cache)).kernel.parent / "manifest.json").read_text())
     assert manifest == {
         "name": "test",
         "arch": "arm64",
@@ -139,7 +142,7 @@ def test_manifest_says_what_went_in(spec: ImageSpec, cache: Path) -> None:
     }
 
 
-def test_second_ensure_finds_the_first(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_second_ensure_finds_the_first(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     assert find(spec, cache) is None
     first = make(spec, cache)
     assert make(spec, cache) == first == find(spec, cache)
@@ -147,16 +150,16 @@ def test_second_ensure_finds_the_first(spec: ImageSpec, cache: Path, assembler: 
 
 
 @pytest.mark.usefixtures("assembler")
-def test_published_files_are_read_only_and_nothing_else_is_left(spec: ImageSpec, cache: Path) -> None:
+def test_published_files_are_read_only_and_nothing_else_is_left(spec: ApplianceSpec, cache: Path) -> None:
     image = make(spec, cache)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in image.kernel.parent.iterdir()}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in boot_of(image).kernel.parent.iterdir()}
     assert modes == dict.fromkeys([*CONTENT, "manifest.json"], 0o444)
-    assert image.kernel.parent.stat().st_mode & 0o777 == 0o755
+    assert boot_of(image).kernel.parent.stat().st_mode & 0o777 == 0o755
     assert folders(cache) == [image.digest]
 
 
 @pytest.mark.usefixtures("assembler")
-def test_nothing_is_found_before_the_last_file_is_there(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_nothing_is_found_before_the_last_file_is_there(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     seen: list[GuestImage | None] = []
     assembler.meanwhile = lambda _: seen.append(find(spec, cache))
     make(spec, cache)
@@ -164,7 +167,7 @@ def test_nothing_is_found_before_the_last_file_is_there(spec: ImageSpec, cache: 
 
 
 def test_two_threads_at_once_assemble_once(
-    spec: ImageSpec, cache: Path, assembler: Assembler, listener: Listener
+    spec: ApplianceSpec, cache: Path, assembler: Assembler, listener: Listener
 ) -> None:
     inside, found = threading.Event(), list[GuestImage]()
 
@@ -185,7 +188,7 @@ def test_two_threads_at_once_assemble_once(
     assert len(found) == 2 and found[0] == found[1]
 
 
-def test_many_processes_at_once_assemble_once(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_many_processes_at_once_assemble_once(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     assembler.meanwhile = lambda _: time.sleep(0.2)
     fork = multiprocessing.get_context("fork")
     barrier = fork.Barrier(3)
@@ -209,7 +212,7 @@ def test_many_processes_at_once_assemble_once(spec: ImageSpec, cache: Path, asse
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), GuestImageError("bad"), RuntimeError("a bug")], ids=repr)
 def test_interrupted_assembly_leaves_nothing_and_the_next_one_works(
-    spec: ImageSpec, cache: Path, assembler: Assembler, error: BaseException
+    spec: ApplianceSpec, cache: Path, assembler: Assembler, error: BaseException
 ) -> None:
     assembler.failure = error
     with pytest.raises(type(error)) as caught:
@@ -218,10 +221,10 @@ def test_interrupted_assembly_leaves_nothing_and_the_next_one_works(
     assert find(spec, cache) is None
     assert folders(cache) == []
     assembler.failure = None
-    assert make(spec, cache).kernel.read_bytes() == CONTENT["kernel"]
+    assert boot_of(make(spec, cache)).kernel.read_bytes() == CONTENT["kernel"]
 
 
-def leave_workspace(spec: ImageSpec, cache: Path, assembler: Assembler) -> Path:
+def leave_workspace(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> Path:
     """Return the folder that a run leaves when it is killed: the one that it assembled in, with something in it."""
     used: list[Path] = []
     assembler.meanwhile, assembler.failure = used.append, KeyboardInterrupt()
@@ -233,7 +236,7 @@ def leave_workspace(spec: ImageSpec, cache: Path, assembler: Assembler) -> Path:
     return used[0]
 
 
-def test_remains_of_a_killed_run_are_cleared_away(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_remains_of_a_killed_run_are_cleared_away(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     remains = leave_workspace(spec, cache, assembler)
     assert folders(cache) == [remains.name]
     assert find(spec, cache) is None
@@ -241,7 +244,7 @@ def test_remains_of_a_killed_run_are_cleared_away(spec: ImageSpec, cache: Path, 
     assert folders(cache) == [image.digest]
 
 
-def test_work_of_another_row_is_left_alone(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_work_of_another_row_is_left_alone(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     """Two rows may be assembled at once: each has a lock of its own."""
     other = replace(spec, name="test-armhf")
 
@@ -255,7 +258,7 @@ def test_work_of_another_row_is_left_alone(spec: ImageSpec, cache: Path, assembl
     assert assembler.runs == 2
 
 
-def test_full_disk_is_the_hosts_fault(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_full_disk_is_the_hosts_fault(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     assembler.failure = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(HostError, match="cannot write the guest image: No space left on device") as caught:
         make(spec, cache)
@@ -265,7 +268,7 @@ def test_full_disk_is_the_hosts_fault(spec: ImageSpec, cache: Path, assembler: A
 
 @pytest.mark.usefixtures("assembler")
 def test_folder_that_cannot_be_made_is_the_hosts_fault(
-    spec: ImageSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
+    spec: ApplianceSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -276,7 +279,7 @@ def test_folder_that_cannot_be_made_is_the_hosts_fault(
 
 
 @pytest.mark.usefixtures("assembler")
-def test_file_in_the_place_of_the_cache_is_the_hosts_fault(spec: ImageSpec, cache: Path) -> None:
+def test_file_in_the_place_of_the_cache_is_the_hosts_fault(spec: ApplianceSpec, cache: Path) -> None:
     cache.write_text("in the way")
     with pytest.raises(HostError):
         make(spec, cache)
@@ -284,7 +287,7 @@ def test_file_in_the_place_of_the_cache_is_the_hosts_fault(spec: ImageSpec, cach
 
 @pytest.mark.usefixtures("assembler")
 def test_workspace_that_cannot_be_made_is_the_hosts_fault(
-    spec: ImageSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
+    spec: ApplianceSpec, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -295,7 +298,9 @@ def test_workspace_that_cannot_be_made_is_the_hosts_fault(
 
 
 @pytest.mark.usefixtures("assembler")
-def test_lock_is_free_after_a_failure(spec: ImageSpec, cache: Path, assembler: Assembler, listener: Listener) -> None:
+def test_lock_is_free_after_a_failure(
+    spec: ApplianceSpec, cache: Path, assembler: Assembler, listener: Listener
+) -> None:
     assembler.failure = GuestImageError("bad")
     with pytest.raises(GuestImageError):
         make(spec, cache)
@@ -313,19 +318,19 @@ def damage(path: Path, data: bytes) -> None:
 
 
 @pytest.mark.usefixtures("assembler")
-def test_file_of_another_size_is_a_damaged_image(spec: ImageSpec, cache: Path) -> None:
+def test_file_of_another_size_is_a_damaged_image(spec: ApplianceSpec, cache: Path) -> None:
     image = make(spec, cache)
-    damage(image.root, CONTENT["root.squashfs"][:-1])
+    damage(boot_of(image).root, CONTENT["root.squashfs"][:-1])
     with pytest.raises(GuestImageError, match=r"damaged: root\.squashfs has another size") as caught:
         make(spec, cache)
-    assert str(image.root.parent) in caught.value.resolution
+    assert str(boot_of(image).root.parent) in caught.value.resolution
 
 
-def test_image_that_the_user_deleted_is_made_again(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_image_that_the_user_deleted_is_made_again(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     image = make(spec, cache)
-    for path in image.kernel.parent.iterdir():
+    for path in boot_of(image).kernel.parent.iterdir():
         path.unlink()
-    image.kernel.parent.rmdir()
+    boot_of(image).kernel.parent.rmdir()
     assert find(spec, cache) is None
     assert make(spec, cache) == image
     assert assembler.runs == 2
@@ -333,15 +338,15 @@ def test_image_that_the_user_deleted_is_made_again(spec: ImageSpec, cache: Path,
 
 @pytest.mark.parametrize("part", ["initrd", "manifest.json"])
 @pytest.mark.usefixtures("assembler")
-def test_image_that_lacks_a_file_is_made_again(spec: ImageSpec, cache: Path, part: str) -> None:
+def test_image_that_lacks_a_file_is_made_again(spec: ApplianceSpec, cache: Path, part: str) -> None:
     image = make(spec, cache)
-    (image.kernel.parent / part).unlink()
+    (boot_of(image).kernel.parent / part).unlink()
     assert make(spec, cache) == image
     assert verify(cache) == [Check("test", image.digest, "")]
 
 
 @pytest.mark.usefixtures("assembler")
-def test_verify_finds_nothing_wrong_with_whole_images(spec: ImageSpec, cache: Path) -> None:
+def test_verify_finds_nothing_wrong_with_whole_images(spec: ApplianceSpec, cache: Path) -> None:
     assert verify(cache) == []
     images = [make(spec, cache), make(replace(spec, name="other"), cache)]
     assert verify(cache) == sorted((Check(one.name, one.digest, "") for one in images), key=lambda check: check.digest)
@@ -349,35 +354,35 @@ def test_verify_finds_nothing_wrong_with_whole_images(spec: ImageSpec, cache: Pa
 
 @pytest.mark.parametrize("part", CONTENT)
 @pytest.mark.usefixtures("assembler")
-def test_verify_finds_a_flipped_byte(spec: ImageSpec, cache: Path, part: str) -> None:
+def test_verify_finds_a_flipped_byte(spec: ApplianceSpec, cache: Path, part: str) -> None:
     image = make(spec, cache)
     data = bytearray(CONTENT[part])
     data[-1] ^= 1
-    damage(image.kernel.parent / part, bytes(data))
+    damage(boot_of(image).kernel.parent / part, bytes(data))
     assert verify(cache) == [Check("test", image.digest, f"{part} was changed")]
 
 
 @pytest.mark.usefixtures("assembler")
-def test_verify_finds_missing_files_and_names_each(spec: ImageSpec, cache: Path) -> None:
+def test_verify_finds_missing_files_and_names_each(spec: ApplianceSpec, cache: Path) -> None:
     image = make(spec, cache)
-    image.initrd.unlink()
-    damage(image.root, b"")
+    boot_of(image).initrd.unlink()
+    damage(boot_of(image).root, b"")
     assert verify(cache) == [Check("test", image.digest, "initrd is missing, root.squashfs was changed")]
 
 
 @pytest.mark.usefixtures("assembler")
-def test_verify_finds_a_changed_manifest(spec: ImageSpec, cache: Path) -> None:
+def test_verify_finds_a_changed_manifest(spec: ApplianceSpec, cache: Path) -> None:
     image = make(spec, cache)
-    manifest = image.kernel.parent / "manifest.json"
+    manifest = boot_of(image).kernel.parent / "manifest.json"
     damage(manifest, manifest.read_bytes().replace(b'"1.0"', b'"1.1"'))
     assert verify(cache) == [Check("unknown", image.digest, "the manifest was changed")]
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}"])
 @pytest.mark.usefixtures("assembler")
-def test_verify_finds_a_manifest_that_is_none(spec: ImageSpec, cache: Path, text: bytes) -> None:
+def test_verify_finds_a_manifest_that_is_none(spec: ApplianceSpec, cache: Path, text: bytes) -> None:
     image = make(spec, cache)
-    damage(image.kernel.parent / "manifest.json", text)
+    damage(boot_of(image).kernel.parent / "manifest.json", text)
     [check] = verify(cache)
     assert check.digest == image.digest
     assert "manifest" in check.problem
@@ -385,23 +390,23 @@ def test_verify_finds_a_manifest_that_is_none(spec: ImageSpec, cache: Path, text
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}"])
 @pytest.mark.usefixtures("assembler")
-def test_manifest_that_is_none_is_a_damaged_image(spec: ImageSpec, cache: Path, text: bytes) -> None:
-    damage(make(spec, cache).kernel.parent / "manifest.json", text)
+def test_manifest_that_is_none_is_a_damaged_image(spec: ApplianceSpec, cache: Path, text: bytes) -> None:
+    damage(boot_of(make(spec, cache)).kernel.parent / "manifest.json", text)
     with pytest.raises(GuestImageError, match="damaged"):
         find(spec, cache)
 
 
-def test_verify_does_not_judge_work_in_progress(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_verify_does_not_judge_work_in_progress(spec: ApplianceSpec, cache: Path, assembler: Assembler) -> None:
     image = make(replace(spec, name="other"), cache)
     workspace = leave_workspace(spec, cache, assembler)
-    (workspace / "manifest.json").write_bytes((image.kernel.parent / "manifest.json").read_bytes())
+    (workspace / "manifest.json").write_bytes((boot_of(image).kernel.parent / "manifest.json").read_bytes())
     assert verify(cache) == [Check("other", image.digest, "")]
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 
-def test_recipe_digest_is_the_same_for_the_same_row_in_another_folder(spec: ImageSpec, tmp_path: Path) -> None:
+def test_recipe_digest_is_the_same_for_the_same_row_in_another_folder(spec: ApplianceSpec, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "guest"
     (elsewhere / "root").mkdir(parents=True)
     (elsewhere / "root" / "boot").write_text("#!/bin/sh\n")
@@ -409,7 +414,7 @@ def test_recipe_digest_is_the_same_for_the_same_row_in_another_folder(spec: Imag
     assert recipe_digest(moved) == recipe_digest(spec)
 
 
-def test_recipe_digest_does_not_depend_on_where_the_keys_lie(spec: ImageSpec, tmp_path: Path) -> None:
+def test_recipe_digest_does_not_depend_on_where_the_keys_lie(spec: ApplianceSpec, tmp_path: Path) -> None:
     here, there = tmp_path / "here" / "debian.gpg", tmp_path / "there" / "debian.gpg"
     for path in (here, there):
         path.parent.mkdir()
@@ -417,7 +422,7 @@ def test_recipe_digest_does_not_depend_on_where_the_keys_lie(spec: ImageSpec, tm
     assert recipe_digest(replace(spec, keyrings=(here,))) == recipe_digest(replace(spec, keyrings=(there,)))
 
 
-def test_recipe_digest_changes_with_the_row(spec: ImageSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_digest_changes_with_the_row(spec: ApplianceSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = [
         replace(spec, packages=("tool", "more")),
         replace(spec, without=("perl",)),
@@ -431,7 +436,7 @@ def test_recipe_digest_changes_with_the_row(spec: ImageSpec, monkeypatch: pytest
     assert len(digests | {recipe_digest(spec)}) == len(changed) + 2
 
 
-def test_recipe_digest_changes_with_the_guest_files(spec: ImageSpec) -> None:
+def test_recipe_digest_changes_with_the_guest_files(spec: ApplianceSpec) -> None:
     boot, added = spec.guest_files / "root" / "boot", spec.guest_files / "root" / "etc"
     digests = [recipe_digest(spec)]
     boot.write_text("#!/bin/sh\n\n")
@@ -443,7 +448,9 @@ def test_recipe_digest_changes_with_the_guest_files(spec: ImageSpec) -> None:
     assert len(set(digests)) == 4
 
 
-def test_changed_recipe_assembles_anew_and_keeps_the_old(spec: ImageSpec, cache: Path, assembler: Assembler) -> None:
+def test_changed_recipe_assembles_anew_and_keeps_the_old(
+    spec: ApplianceSpec, cache: Path, assembler: Assembler
+) -> None:
     old = make(spec, cache)
     (spec.guest_files / "root" / "boot").write_text("#!/bin/sh\n# new\n")
     assert find(spec, cache) is None
@@ -457,7 +464,7 @@ def test_changed_recipe_assembles_anew_and_keeps_the_old(spec: ImageSpec, cache:
 
 
 @pytest.mark.usefixtures("assembler")
-def test_prune_deletes_what_no_row_leads_to(spec: ImageSpec, cache: Path) -> None:
+def test_prune_deletes_what_no_row_leads_to(spec: ApplianceSpec, cache: Path) -> None:
     old = make(replace(spec, kernel_args=("old",)), cache)
     now = make(spec, cache)
     assert old.digest != now.digest
@@ -479,7 +486,7 @@ def test_prune_deletes_what_no_row_leads_to(spec: ImageSpec, cache: Path) -> Non
 
 
 @pytest.mark.usefixtures("assembler")
-def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ImageSpec, cache: Path) -> None:
+def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ApplianceSpec, cache: Path) -> None:
     make(spec, cache)
     (cache / "bases").mkdir()
     store.prune([spec], cache, SilentReporter(), everything=True, needed={})
@@ -491,7 +498,7 @@ def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ImageSpec, c
 
 @pytest.mark.usefixtures("assembler")
 @pytest.mark.parametrize("everything", [True, False])
-def test_prune_keeps_what_somebody_needs_and_says_so(spec: ImageSpec, cache: Path, everything: bool) -> None:
+def test_prune_keeps_what_somebody_needs_and_says_so(spec: ApplianceSpec, cache: Path, everything: bool) -> None:
     other = make(replace(spec, kernel_args=("other",)), cache)
     old = replace(spec, kernel_args=("old",))
     image = make(old, cache)
@@ -503,11 +510,11 @@ def test_prune_keeps_what_somebody_needs_and_says_so(spec: ImageSpec, cache: Pat
 
 
 @pytest.mark.usefixtures("assembler")
-def test_prune_has_nothing_to_say_of_what_it_keeps_anyway(spec: ImageSpec, cache: Path) -> None:
+def test_prune_has_nothing_to_say_of_what_it_keeps_anyway(spec: ApplianceSpec, cache: Path) -> None:
     report = Listener()
     store.prune([spec], cache, report, everything=False, needed={make(spec, cache).digest: "the machine box"})
     assert report.heard == []
 
 
-def test_prune_of_an_empty_cache_frees_nothing(spec: ImageSpec, cache: Path) -> None:
+def test_prune_of_an_empty_cache_frees_nothing(spec: ApplianceSpec, cache: Path) -> None:
     assert store.prune([spec], cache, SilentReporter(), everything=True, needed={}) == []

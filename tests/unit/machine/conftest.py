@@ -14,7 +14,7 @@ from vmbuild.machine import lifetime
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.model import GIB, Arch, GuestImage, MachineSpec
+from vmbuild.model import GIB, Arch, GuestImage, KernelBoot, MachineSpec
 
 
 def make_spec(folder: Path, *, memory_mib: int = 2048, disk_bytes: int = GIB, arch: Arch = Arch.ARM64) -> MachineSpec:
@@ -23,15 +23,23 @@ def make_spec(folder: Path, *, memory_mib: int = 2048, disk_bytes: int = GIB, ar
         name="debian-13-arm64",
         digest="sha256:1234",
         arch=arch,
-        kernel=folder / "kernel",
-        initrd=folder / "initrd",
-        root=folder / "root.squashfs",
         machine_type="virt",
         cpu_model="cortex-a76",
-        kernel_args=("console=ttyAMA0", "kpti=off"),
+        boot=KernelBoot(
+            folder / "kernel", folder / "initrd", folder / "root.squashfs", ("console=ttyAMA0", "kpti=off")
+        ),
         size_bytes=1,
     )
     return MachineSpec("box", 2, memory_mib, disk_bytes, image)
+
+
+OTHER_BOOT = KernelBoot(Path("kernel"), Path("initrd"), Path("root"), ("other",))
+
+
+def kernel_boot(spec: MachineSpec) -> KernelBoot:
+    """Return how a machine of `make_spec` boots."""
+    assert isinstance(spec.image.boot, KernelBoot)
+    return spec.image.boot
 
 
 def make_qemu(binary: Path = PROGRAMS / "qemu-system-aarch64", *, accel: str = "tcg", sandbox: bool = True) -> Qemu:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.machine.conftest import make_qemu, make_spec, soon
+from tests.unit.machine.conftest import OTHER_BOOT, make_qemu, make_spec, soon
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError
 from vmbuild.lock import hold
@@ -146,7 +146,7 @@ def test_the_same_shape_has_the_same_key_whatever_its_name_disk_and_place(tmp_pa
         {"cpus": 3},
         {"memory_mib": 1024},
         {"image": {"digest": "another"}},
-        {"image": {"kernel_args": ("other",)}},
+        {"image": {"boot": OTHER_BOOT}},
         {"image": {"cpu_model": "max"}},
     ],
     ids=str,

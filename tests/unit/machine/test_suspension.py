@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.machine.conftest import make_qemu, make_spec, soon
+from tests.unit.machine.conftest import OTHER_BOOT, kernel_boot, make_qemu, make_spec, soon
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, SuspendedError, UsageError
@@ -341,7 +341,7 @@ def test_what_can_go_on_is_what_it_was(tmp_path: Path) -> None:
     whole = suspension.fit(kept, asked, newer)
     assert (whole.name, whole.cpus, whole.memory_mib, whole.disk_bytes) == ("other", 2, 2048, 3 * GIB)
     assert newer.newest(whole.image.machine_type) == "virt-10.0"
-    assert whole.image.kernel == tmp_path / "elsewhere" / "kernel"
+    assert kernel_boot(whole).kernel == tmp_path / "elsewhere" / "kernel"
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_what_can_go_on_is_what_it_was(tmp_path: Path) -> None:
         ({}, {"accel": "kvm"}, "ran under tcg, on this host it would under kvm"),
         ({}, {"machine_types": ("virt", "virt-9.2")}, "QEMU 10.0.2 made it, and"),
         ({}, {"machine_types": ("virt", "virt-11.0")}, "no machine type virt-10.0"),
-        ({"kernel_args": ("other",)}, {}, "machines are built in another way"),
+        ({"boot": OTHER_BOOT}, {}, "machines are built in another way"),
         ({"cpu_model": "max"}, {}, "machines are built in another way"),
     ],
     ids=["image", "accel", "older", "type dropped", "arguments", "cpu"],
