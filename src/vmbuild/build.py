@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +16,7 @@ from typing import BinaryIO
 from vmbuild import follow, operate, process, record
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, context, docker, oom
+from vmbuild.guest import archive, context, docker, oom, sync, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -82,9 +82,9 @@ def _build_once(
     files = MachineFiles.at(home.state, request.name)
     with open_session(request, home, report) as session:
         work = docker.make_workspace(session)
-        with _removed_on_failure(session, work):
+        with _removed_on_failure(session, work), ExitStack() as until_begun:
             placed = (
-                _place_context(source, session, work, channel_of(files), report)
+                _place_context(source, until_begun, session, work, files, report)
                 if source
                 else _leave_context(asked, stdin, session, work)
             )
@@ -140,24 +140,47 @@ class Placed:
 
 
 def _place_context(
-    source: context.Context, session: Session, work: docker.Workspace, channel: Channel, report: Reporter
+    source: context.Context,
+    until_begun: ExitStack,
+    session: Session,
+    work: docker.Workspace,
+    files: MachineFiles,
+    report: Reporter,
 ) -> Placed:
-    """Send a folder of the host into the guest."""
+    """Send a folder of the host into the guest, or what changed of it."""
     report.step("Sending the build context")
-    sent = docker.unpack_context(session, work, source.write_tar, channel, report)
+    copy = until_begun.enter_context(sync.claimed(session, source, work.folder, files.contexts))
+    where, sent = _send_context(source, copy, session, work, channel_of(files), report)
     if source.dockerfile_inside is not None:
-        return Placed(work.context, f"{work.context}/{source.dockerfile_inside}", None, sent)
-    docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
+        return Placed(where, f"{where}/{source.dockerfile_inside}", None, sent)
+    transfer.write_file(session, work.dockerfile, send(source.dockerfile_content))
     # The host has left out what stays at home; BuildKit would ask the context's .dockerignore again.
-    docker.write_file(session, f"{work.dockerfile}.dockerignore", send(b"# nothing more\n"))
-    return Placed(work.context, work.dockerfile, None, sent)
+    transfer.write_file(session, f"{work.dockerfile}.dockerignore", send(b"# nothing more\n"))
+    return Placed(where, work.dockerfile, None, sent)
+
+
+def _send_context(
+    source: context.Context,
+    copy: sync.Copy | None,
+    session: Session,
+    work: docker.Workspace,
+    channel: Channel,
+    report: Reporter,
+) -> tuple[str, int]:
+    """Bring the guest's copy of a context up to date, else send all of it; return its folder and what travelled."""
+    if copy is not None:
+        try:
+            return copy.folder, sync.update(session, source, copy, channel, report)
+        except transfer.DiskFullError:  # what is kept for later builds must not be what this one fails for
+            sync.clear(session)
+    return work.context, transfer.unpack_context(session, work.context, source.write_tar, channel, report)
 
 
 def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
     if "-" not in (asked.context, asked.dockerfile):
         return Placed(asked.context, asked.dockerfile)
-    sent = docker.write_stdin(session, work, stdin)
+    sent = transfer.write_stdin(session, work.stdin, stdin)
     return Placed(asked.context, asked.dockerfile, work.stdin, sent)
 
 
@@ -191,7 +214,9 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
             if not base_image.is_kept(plan):
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
                 channel = channel_of(MachineFiles.at(home.state, request.name))
-                docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report), channel)
+                transfer.unpack_tree(
+                    session, work.context, lambda sink: base_image.write_plan(plan, sink, report), channel
+                )
                 report.step("Configuring the packages in the guest")
                 with report.meter("configure", len(plan.packages), unit="packages") as meter:
                     docker.configure_tree(session, work, meter)

@@ -47,6 +47,9 @@ GUEST = {
     "resources",
     "context",
     "docker",
+    "listing",
+    "sync",
+    "transfer",
     "archive",
 }
 COMMANDS = {"build", "machine", "top", "cache", "host"}
@@ -98,10 +101,13 @@ ALLOWED: dict[str, set[str]] = {
     "guest.oom": GROUND | {"guest.session"},
     "guest.resources": GROUND | {"guest.session"},
     "guest.ready": GROUND | {"guest.session"},
-    "guest.context": GROUND | {"guest.session"},
+    "guest.listing": GROUND,
+    "guest.context": GROUND | {"guest.session", "guest.listing"},
     "guest.job": GROUND | {"guest.session"},
     "guest.channel": GROUND | {"guest.session"},
-    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
+    "guest.transfer": GROUND | {"guest.session", "guest.channel"},
+    "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
+    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
     "start": GROUND
     | {"process", "image.catalog", "image.store"}
@@ -113,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": GROUND
     | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom")},
+    | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom", "sync", "transfer")},
     "operate": GROUND
     | {"start"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}

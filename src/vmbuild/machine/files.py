@@ -113,6 +113,11 @@ class MachineFiles:
         return self.folder / "builds"
 
     @property
+    def contexts(self) -> Path:
+        """The folder of what is known here of the build contexts that the guest keeps."""
+        return self.folder / "contexts"
+
+    @property
     def client_key(self) -> Path:
         """The private key that the host logs in with."""
         return self.folder / "id_ed25519"
