@@ -87,7 +87,7 @@ def test_standard_input_goes_before_the_build(run: Callable[..., Guest], place: 
     assert (sent.argv[-1], sent.stdin) == ("/w/stdin", b"FROM scratch")
     (built,) = guest.ran(job.PROGRAM, "start")
     assert built.argv[2:5] == ("/w", "80", "24")
-    assert built.argv[8:10] == ("/w/stdin", docker.BUILDX)
+    assert built.argv[8:11] == ("/w/stdin", "env", f"BUILDX_CONFIG={docker.BUILDX_CONFIG}")
 
 
 def test_a_dockerfile_elsewhere_brings_its_own_rules(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:

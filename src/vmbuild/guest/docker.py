@@ -19,6 +19,10 @@ from vmbuild.report import Meter
 BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
 """Called without the docker client before it: one emulated program start less."""
 
+BUILDX_CONFIG = "/var/lib/vmbuild/buildx"
+"""On the machine's disk: what buildx calls itself there tells BuildKit, after a boot too, which context it has already
+(buildx, build/opt.go, tryNodeIdentifier)."""
+
 WORK = "/var/lib/vmbuild/work"
 TAIL_BYTES = 64 * 1024
 
@@ -102,6 +106,7 @@ def start_build(
     session: Session, work: Workspace, argv: Sequence[str], *, stdin: str | None, terminal: tuple[int, int] | None
 ) -> None:
     """Start a build, whose standard input is a file in the guest; it goes on without us. Raises GuestError."""
+    argv = ["env", f"BUILDX_CONFIG={BUILDX_CONFIG}", *argv]
     if stdin is not None:
         argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
     job.start(session, work.folder, argv, terminal)

@@ -14,6 +14,7 @@ from vmbuild.errors import BuildError, GuestError
 from vmbuild.guest import job
 from vmbuild.guest.docker import (
     BUILDX,
+    BUILDX_CONFIG,
     BuildLog,
     Workspace,
     build_argv,
@@ -267,9 +268,10 @@ def test_a_build_is_started_as_a_job_of_its_workspace() -> None:
     start_build(session, WORK, ["buildx", "build"], stdin=None, terminal=(80, 24))
     start_build(session, WORK, ["buildx"], stdin="/w/stdin", terminal=None)
     first, second = (call.argv[1:] for call in session.calls)
-    assert first == ("start", "/w", "80", "24", "buildx", "build")
+    env = ("env", f"BUILDX_CONFIG={BUILDX_CONFIG}")
+    assert first == ("start", "/w", "80", "24", *env, "buildx", "build")
     assert second[:4] == ("start", "/w", "0", "0")
-    assert second[-2:] == ("/w/stdin", "buildx")
+    assert second[-4:] == ("/w/stdin", *env, "buildx")
 
 
 def test_a_quiet_build_says_nothing_unless_it_fails() -> None:
