@@ -57,7 +57,8 @@ class Repository:
     """One suite of a signed Debian repository, as the catalogue declares it.
 
     `mirror` names the mirror setting that it follows (`debian` or `debian-security`); `public_url` is the default.
-    An `optional` repository that cannot be reached costs a warning, not the guest image.
+    An `optional` repository that cannot be reached costs a warning, not the guest image. `alias` is the suite's other
+    name (`stable` of `trixie`), for a mirror whose package index and Release file are out of step by the first.
     """
 
     suite: str
@@ -65,6 +66,12 @@ class Repository:
     public_url: str
     components: tuple[str, ...] = ("main",)
     optional: bool = False
+    alias: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names by which a mirror may have it."""
+        return (self.suite, self.alias) if self.alias else (self.suite,)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,7 @@ def _repositories(row: _Table) -> tuple[Repository, ...]:
             public_url=table.text("public_url"),
             components=table.texts("components", default=("main",)),
             optional=table.flag("optional"),
+            alias=table.optional_text("alias"),
         )
         table.end()
         found.append(repository)
@@ -217,6 +218,9 @@ class _Table:
         if not value:
             raise self.wrong(key, "must not be empty")
         return value
+
+    def optional_text(self, key: str) -> str | None:
+        return self.text(key) if key in self._values else None
 
     def choice(self, key: str, allowed: Iterable[str]) -> str:
         value, allowed = self.text(key), list(allowed)

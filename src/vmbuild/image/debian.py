@@ -104,18 +104,25 @@ def open_index(
 def _open_at(
     url: str, repository: Repository, arch: str, keyrings: Sequence[Path], cache: Path, report: Reporter
 ) -> PackageIndex:
-    suite_url = f"{url}/dists/{repository.suite}"
+    """Open a suite under the first of its names where Release file and index agree.
+
+    A mirror that caches by path may have them apart for days under one name: each under the other is a moment of its
+    own, signed as well.
+    """
     for pause in (*RETRY_PAUSES_S, None):
-        release = _read_release(suite_url, repository.suite, keyrings)
-        try:
-            paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
-            return PackageIndex(_decompress(paths), url, repository)
-        except (WrongDigest, NotFound) as error:
-            if pause is None:
-                raise _out_of_step(error, suite_url) from error
-            report.step(f"{repository.suite} is being updated on the mirror, trying again in {pause:.0f} s")
-            time.sleep(pause)
-    raise AssertionError("the last pause is None")
+        for name in repository.names:
+            suite_url = f"{url}/dists/{name}"
+            release = _read_release(suite_url, repository.suite, keyrings)
+            try:
+                paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
+                return PackageIndex(_decompress(paths), url, repository)
+            except (WrongDigest, NotFound) as error:
+                problem = _out_of_step(error, suite_url)
+        if pause is None:
+            break
+        report.step(f"{repository.suite} is being updated on the mirror, trying again in {pause:.0f} s")
+        time.sleep(pause)
+    raise problem
 
 
 def _read_release(suite_url: str, suite: str, keyrings: Sequence[Path]) -> Release:
