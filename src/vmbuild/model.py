@@ -68,11 +68,6 @@ class Repository:
     optional: bool = False
     alias: str | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names by which a mirror may have it."""
-        return (self.suite, self.alias) if self.alias else (self.suite,)
-
 
 @dataclass(frozen=True)
 class ImageSpec:
