@@ -48,8 +48,29 @@ class Arch(StrEnum):
     ARMHF = "armhf"
 
 
-PLATFORMS = {"linux/arm64": Arch.ARM64}
-"""The container platforms that a machine builds for, and the Debian architecture of each."""
+@dataclass(frozen=True)
+class ArchDefaults:
+    """What a machine of an architecture is called, and boots, where nothing else was chosen."""
+
+    machine: str
+    image: str
+
+
+ARCHES = {"arm64": Arch.ARM64, "arm": Arch.ARMHF}
+"""The architectures by the names that users give them, which are Docker's."""
+
+ARCH_DEFAULTS = {
+    Arch.ARM64: ArchDefaults("default", "debian-13-arm64"),
+    Arch.ARMHF: ArchDefaults("arm", "debian-13-armhf"),
+}
+
+PLATFORMS = {"linux/arm64": Arch.ARM64, "linux/arm/v7": Arch.ARMHF}
+"""The container platforms that a base image can be made for, and the Debian architecture of each."""
+
+
+def arch_name(arch: str) -> str:
+    """Return an architecture as users write it: `arm` for Debian's `armhf`."""
+    return next(name for name, each in ARCHES.items() if each == arch)
 
 
 @dataclass(frozen=True)
@@ -190,6 +211,7 @@ class MachineRequest:
     `given` names the settings that the user chose, as against defaults: a running machine that differs from a
     default is no surprise, one that differs from a choice deserves a warning. `demanded` names those of them that are
     on the command line: what cannot be is refused there, while a file may be older than the machine is large.
+    `arch` is None where none was chosen: then it is the guest image's, or what the machine was last time.
     """
 
     name: str
@@ -199,6 +221,7 @@ class MachineRequest:
     image: str
     mirror: str = "auto"
     security_mirror: str = "auto"
+    arch: Arch | None = None
     timeout_s: float = 300.0
     snapshots: bool = True
     given: frozenset[str] = frozenset()
@@ -249,6 +272,7 @@ class MachineStatus:
     rss_bytes: int | None = None
     started_at: float | None = None
     restored: bool | None = None
+    arch: str | None = None
     folder: Path | None = None
 
 
@@ -258,8 +282,8 @@ class BuildRequest:
 
     `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
     docker archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
-    columns and rows of the terminal that BuildKit may draw on. `oom_retry` builds again, with more memory, what ran out
-    of it.
+    columns and rows of the terminal that BuildKit may draw on. `platform` is None for the machine's own. `oom_retry`
+    builds again, with more memory, what ran out of it.
     """
 
     context: str
@@ -268,7 +292,7 @@ class BuildRequest:
     build_args: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     target: str | None = None
-    platform: str = "linux/arm64"
+    platform: str | None = None
     no_cache: bool = False
     pull: bool = False
     progress: str = "plain"
@@ -278,6 +302,15 @@ class BuildRequest:
     metadata_file: Path | None = None
     quiet: bool = False
     oom_retry: bool = False
+
+
+@dataclass(frozen=True)
+class BaseResult:
+    """A base image that a machine now has."""
+
+    reference: str
+    platform: str
+    image_id: str
 
 
 @dataclass(frozen=True)
