@@ -113,7 +113,7 @@ class ApplianceSpec(ImageSpec):
     """A guest image that is assembled from Debian packages and booted without firmware.
 
     `modules` are loaded in the initramfs, `exclude` are path prefixes left out of the root tree, `without` are
-    packages left out of the dependency closure.
+    packages left out of the dependency closure. The kernel is from `kernel_repositories` where there are any.
     """
 
     kind: ClassVar[str] = "appliance"
@@ -122,6 +122,7 @@ class ApplianceSpec(ImageSpec):
     without: tuple[str, ...]
     exclude: tuple[str, ...]
     kernel: str
+    kernel_repositories: tuple[Repository, ...]
     modules: tuple[str, ...]
     kernel_args: tuple[str, ...]
 

@@ -114,6 +114,7 @@ def _read_appliance(file: Path, row: _Table, boot: _Table) -> ApplianceSpec:
         without=row.texts("without", default=()),
         exclude=row.texts("exclude", default=()),
         kernel=boot.text("kernel"),
+        kernel_repositories=_repositories(boot) if boot.has("repositories") else (),
         modules=boot.texts("modules"),
         kernel_args=boot.texts("kernel_args"),
     )
@@ -219,8 +220,11 @@ class _Table:
             raise self.wrong(key, "must not be empty")
         return value
 
+    def has(self, key: str) -> bool:
+        return key in self._values
+
     def optional_text(self, key: str) -> str | None:
-        return self.text(key) if key in self._values else None
+        return self.text(key) if self.has(key) else None
 
     def choice(self, key: str, allowed: Iterable[str]) -> str:
         value, allowed = self.text(key), list(allowed)
