@@ -1,0 +1,303 @@
+"""A bootable arm64 disk like the ones that distributions publish for clouds, put together from Debian packages.
+
+No cloud disk can be downloaded where these tests run. This one has what matters of them: UEFI, a boot loader, systemd,
+OpenSSH, a root partition that ends where the disk ends, and cloud-init, or in its stead a root password.
+Packages are unpacked natively and configured in a machine of vmbuild's own; it takes minutes, so disks are kept.
+
+By hand: `python -m tests.machine.disks CACHE` prints the paths of both disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmbuild.deadline import Deadline
+from vmbuild.guest import docker
+from vmbuild.guest.session import Session, capture
+from vmbuild.image import base, catalog, kernel, rootfs
+from vmbuild.image.debian import open_indexes
+from vmbuild.image.fetch import fetch_all
+from vmbuild.image.packages import Package, package_downloads, package_path, resolve_closure
+from vmbuild.image.tree import File, Link
+from vmbuild.lock import hold
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.sparse import create_sparse, write_sparse
+from vmbuild.model import GIB, MIB, Arch, Home, MachineRequest
+from vmbuild.report import Reporter, SilentReporter
+from vmbuild.start import channel_of, open_session
+
+RECIPE = 1
+"""Raise it when this module would make other disks from the same packages."""
+
+PASSWORD = "correct-horse"  # noqa: S105 - of a disk that lives for a test
+ROOT_BYTES = 1600 * MIB
+"""The root partition as published: with room for a first boot, not for Docker, so that it must grow."""
+
+ESP_BYTES = 64 * MIB
+ESP_AT = MIB
+ROOT_AT = ESP_AT + ESP_BYTES
+ROOT_PARTUUID = "5b6a0d1e-5a52-4b0c-8d1b-6f1d5ce0a001"
+ARGS = f"root=PARTUUID={ROOT_PARTUUID} ro console=tty0 console=ttyAMA0,115200"
+
+PACKAGES = (
+    "apt",
+    "ca-certificates",
+    "cloud-guest-utils",
+    "cloud-init",
+    "dbus",
+    "debian-archive-keyring",
+    "fdisk",
+    "iproute2",
+    "kmod",
+    "libpam-systemd",
+    "linux-image-cloud-arm64",
+    "netplan.io",
+    "openssh-server",
+    "sudo",
+    "systemd-resolved",
+    "systemd-sysv",
+    "udev",
+)
+WITHOUT = ("initramfs-tools",)
+"""Its initramfs would take minutes to make under emulation; a small one of ours mounts the root."""
+
+LOADER = "systemd-boot-efi"
+LOADER_FILE = "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"
+
+INIT = """#!/bin/busybox sh
+busybox=/bin/busybox
+$busybox mkdir -p /proc /sys /dev /root
+$busybox mount -t proc proc /proc
+$busybox mount -t sysfs sys /sys
+$busybox mount -t devtmpfs dev /dev
+while read -r module; do $busybox insmod "/modules/$module.ko"; done </modules/order
+drive=
+while [ -z "$drive" ]; do
+    for part in /sys/class/block/vd*[0-9]; do
+        $busybox grep -qi "^PARTUUID=@PARTUUID@" "$part/uevent" && drive=/dev/${part##*/}
+    done
+done
+$busybox mount -t ext4 -o ro "$drive" /root || exec $busybox poweroff -f
+for tree in proc sys dev; do $busybox mount --move /$tree /root/$tree; done
+exec $busybox switch_root /root /usr/sbin/init
+""".replace("@PARTUUID@", ROOT_PARTUUID)
+
+FSTAB = "LABEL=cloudroot / ext4 rw,discard,errors=remount-ro 0 1\n"
+
+FINISH = f"""
+set -e
+root=$1
+rm -f $root/usr/sbin/policy-rc.d $root/etc/apt/apt.conf.d/docker-* $root/etc/dpkg/dpkg.cfg.d/docker
+rm -f $root/etc/ssh/ssh_host_* $root/var/lib/dpkg/vmbuild-arch
+printf '%s' {FSTAB!r} >$root/etc/fstab
+echo cloud >$root/etc/hostname
+printf '127.0.0.1 localhost\\n127.0.1.1 cloud\\n' >$root/etc/hosts
+: >$root/etc/machine-id
+ln -sf ../run/systemd/resolve/stub-resolv.conf $root/etc/resolv.conf
+mkdir -p $root/proc $root/sys $root/dev $root/run
+"""
+
+WITHOUT_CLOUD_INIT = f"""
+set -e
+root=$1
+chroot $root dpkg --purge --force-depends cloud-init
+rm -rf $root/etc/cloud $root/var/lib/cloud
+printf 'root:%s\\n' {PASSWORD!r} | chroot $root chpasswd
+printf '[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n' >$root/etc/systemd/network/80-dhcp.network
+ln -sf /usr/lib/systemd/system/systemd-networkd.service \
+    $root/etc/systemd/system/multi-user.target.wants/systemd-networkd.service
+chroot $root ssh-keygen -A
+"""
+
+FORMAT = """
+set -e
+drive=$(for block in /sys/block/vd*; do
+    [ "$(cat $block/serial)" = vmbuild-outbox ] && echo /dev/${block##*/}
+done)
+/usr/sbin/mkfs.ext4 -q -F -L cloudroot -d "$1" "$drive" "$2k" >&2
+sync
+blockdev --flushbufs "$drive"
+"""
+
+
+@dataclass(frozen=True)
+class Disks:
+    """Both disks, raw files: with cloud-init, and without but with a root password on the serial console."""
+
+    cloud_init: Path
+    plain: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes onto the disks, and where they are kept."""
+
+    spec: catalog.BaseSpec
+    packages: tuple[Package, ...]
+    loader: Package
+    busybox: Package
+    downloads: Path
+    disks: Disks
+
+
+def make_disks(home: Home, report: Reporter | None = None) -> Disks:
+    """Return the disks of a cache, made first where they are missing. `home.state` gets a machine for the making."""
+    report = report or SilentReporter()
+    plan = _plan(home.cache, report)
+    if not plan.disks.plain.exists():  # it is made last
+        with hold(plan.disks.plain.with_name("lock"), report, "makes the test disks"):
+            _make(plan, home, report)
+    return plan.disks
+
+
+def _plan(cache: Path, report: Reporter) -> Plan:
+    slim = catalog.load_base("debian:trixie-slim")
+    mirrors = {"debian": "auto", "debian-security": "auto"}
+    indexes = open_indexes(slim.repositories, Arch.ARM64, mirrors, slim.keyrings, cache / "indexes", report)
+    packages = resolve_closure(indexes, PACKAGES, without=WITHOUT, essential=True)
+    (loader,) = (p for p in resolve_closure(indexes, [LOADER]) if p.name == LOADER)
+    (busybox,) = (p for p in resolve_closure(indexes, ["busybox-static"]) if p.name == "busybox-static")
+    fetch_all(package_downloads([*packages, loader, busybox], cache / "packages"), report, label="download")
+    facts = [str(RECIPE), FINISH, WITHOUT_CLOUD_INIT, INIT, ARGS, *(p.sha256 for p in packages)]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    folder = cache / "test-disks" / digest
+    disks = Disks(folder / "cloud-init.raw", folder / "plain.raw")
+    return Plan(slim, packages, loader, busybox, cache / "packages", disks)
+
+
+def _make(plan: Plan, home: Home, report: Reporter) -> None:
+    request = MachineRequest("disk-maker", 2, 2048, 20 * GIB, "debian-13-arm64", snapshots=False)
+    files = MachineFiles.at(home.state, request.name)
+    folder = plan.disks.plain.parent
+    with open_session(request, home, report) as session, docker.workspace(session) as work:
+        report.step(f"Unpacking {len(plan.packages)} packages")
+        channel = channel_of(files)
+        sources = "".join(
+            f"Types: deb\nURIs: {one.public_url}\nSuites: {one.suite}\nComponents: main\n"
+            "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n"
+            for one in plan.spec.repositories
+        )
+        docker.unpack_tree(
+            session,
+            work,
+            lambda sink: base.write_base(plan.spec, plan.packages, plan.downloads, sources, sink, report),
+            channel,
+        )
+        capture(session, ["sh", "-c", STAND_IN, "stand-in", work.context])
+        report.step("Configuring them")
+        with report.meter("configure", len(plan.packages), unit="packages") as meter:
+            docker.configure_tree(session, work, meter)
+        for script, path in ((FINISH, plan.disks.cloud_init), (WITHOUT_CLOUD_INIT, plan.disks.plain)):
+            report.step(f"Writing {path.name}")
+            capture(session, ["sh", "-c", script, "finish", work.context])
+            capture(session, ["sh", "-c", FORMAT, "format", work.context, str(ROOT_BYTES // 1024)])
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _write_disk(plan, files.outbox, Path(scratch) / "disk")
+                (Path(scratch) / "disk").replace(path)
+        _power_off(session)
+
+
+STAND_IN = """
+cat >>"$1/var/lib/dpkg/status" <<END
+
+Package: test-initramfs
+Status: install ok installed
+Maintainer: nobody
+Architecture: all
+Version: 1
+Provides: linux-initramfs-tool
+Description: stands in for the tools that make an initramfs
+END
+: >"$1/var/lib/dpkg/info/test-initramfs.list"
+"""
+
+
+def _power_off(session: Session) -> None:
+    session.run(["sh", "-c", "sync; poweroff -f &"], deadline=Deadline.after(10))
+
+
+def _write_disk(plan: Plan, root: Path, disk: Path) -> None:
+    """Lay out the disk: root is partition 1 and last, the EFI partition 15 and first, as Debian's own have it."""
+    size = ROOT_AT + ROOT_BYTES + MIB
+    with create_sparse(disk, size) as file, root.open("rb") as source:
+        for at in range(0, ROOT_BYTES, MIB):
+            write_sparse(file, ROOT_AT + at, source.read(MIB))
+    _write_table(disk)
+    _write_esp(plan, disk)
+
+
+def _write_table(disk: Path) -> None:
+    table = f"""label: gpt
+{disk}1 : start={ROOT_AT // 512}, size={ROOT_BYTES // 512}, type=B921B045-1DF0-41C3-AF44-4C6F280D3FAE, \
+uuid={ROOT_PARTUUID}
+{disk}15 : start={ESP_AT // 512}, size={ESP_BYTES // 512}, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B
+"""
+    _run("sfdisk", "-q", str(disk), stdin=table.encode())
+
+
+def _write_esp(plan: Plan, disk: Path) -> None:
+    loader = rootfs.read_files(package_path(plan.loader, plan.downloads), [LOADER_FILE])[LOADER_FILE]
+    (package,) = (p for p in plan.packages if p.name.startswith("linux-image-6") or "-cloud-arm64" in p.name[12:])
+    files = rootfs.read_files(package_path(package, plan.downloads), ["boot/vmlinuz", "usr/lib/modules/"])
+    (image,) = (data for path, data in files.items() if path.startswith("boot/vmlinuz"))
+    content = {
+        "EFI/BOOT/BOOTAA64.EFI": loader,
+        "loader/loader.conf": b"timeout 0\n",
+        "loader/entries/debian.conf": f"title Debian\nlinux /vmlinuz\ninitrd /initrd.img\noptions {ARGS}\n".encode(),
+        "vmlinuz": image,
+        "initrd.img": _initrd(plan, files),
+    }
+    with tempfile.TemporaryDirectory(dir=disk.parent) as scratch:
+        esp = Path(scratch) / "esp"
+        with esp.open("wb") as file:
+            file.truncate(ESP_BYTES)
+        _run("mformat", "-i", str(esp), "-F", "-v", "ESP", "::")
+        for folder in ("EFI", "EFI/BOOT", "loader", "loader/entries"):
+            _run("mmd", "-i", str(esp), f"::{folder}")
+        for path, data in content.items():
+            (Path(scratch) / "file").write_bytes(data)
+            _run("mcopy", "-i", str(esp), str(Path(scratch) / "file"), f"::{path}")
+        with disk.open("r+b") as whole, esp.open("rb") as file:
+            for at in range(0, ESP_BYTES, MIB):
+                write_sparse(whole, ESP_AT + at, file.read(MIB))
+
+
+def _initrd(plan: Plan, files: dict[str, bytes]) -> bytes:
+    (listing,) = (data for path, data in files.items() if path.endswith("/modules.builtin"))
+    modules = {m.name: m for m in (kernel.read_module(path, files[path]) for path in files if ".ko" in path)}
+    needed = kernel.load_order(modules, ["virtio_blk", "ext4"], kernel.builtin_modules(listing.decode()))
+    path = "usr/bin/busybox"
+    busybox = rootfs.read_files(package_path(plan.busybox, plan.downloads), [path])[path]
+    return kernel.pack_initramfs(
+        [
+            File("init", INIT.encode(), 0o755),
+            File("bin/busybox", busybox, 0o755),
+            Link("bin/sh", "busybox"),
+            File("modules/order", "".join(f"{module.name}\n" for module in needed).encode()),
+            *(File(f"modules/{module.name}.ko", module.data) for module in needed),
+        ]
+    )
+
+
+def _run(*argv: str, stdin: bytes = b"") -> None:
+    subprocess.run(_found(argv), input=stdin, check=True, stdout=subprocess.DEVNULL)
+
+
+def _found(argv: Sequence[str]) -> list[str]:
+    """An ordinary user's PATH has no sbin."""
+    places = [Path(folder) / argv[0] for folder in ("/usr/sbin", "/sbin")]
+    return [next((str(place) for place in places if place.exists()), argv[0]), *argv[1:]]
+
+
+if __name__ == "__main__":
+    from vmbuild.ui import TerminalReporter
+
+    cache = Path(sys.argv[1])
+    with tempfile.TemporaryDirectory() as state:
+        print(make_disks(Home(cache, Path(state)), TerminalReporter()))
