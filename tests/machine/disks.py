@@ -77,30 +77,28 @@ $busybox mount -t proc proc /proc
 $busybox mount -t sysfs sys /sys
 $busybox mount -t devtmpfs dev /dev
 while read -r module; do $busybox insmod "/modules/$module.ko"; done </modules/order
-drive=
-while [ -z "$drive" ]; do
-    for part in /sys/class/block/vd*[0-9]; do
-        $busybox grep -qi "^PARTUUID=@PARTUUID@" "$part/uevent" && drive=/dev/${part##*/}
-    done
-done
+until drive=$($busybox findfs LABEL=cloudroot); do :; done
 $busybox mount -t ext4 -o ro "$drive" /root || exec $busybox poweroff -f
 for tree in proc sys dev; do $busybox mount --move /$tree /root/$tree; done
 exec $busybox switch_root /root /usr/sbin/init
-""".replace("@PARTUUID@", ROOT_PARTUUID)
+"""
 
-FSTAB = "LABEL=cloudroot / ext4 rw,discard,errors=remount-ro 0 1\n"
+FSTAB = """LABEL=cloudroot / ext4 rw,discard,errors=remount-ro 0 1
+LABEL=ESP /boot/efi vfat umask=0077 0 1
+"""
 
 FINISH = f"""
 set -e
 root=$1
 rm -f $root/usr/sbin/policy-rc.d $root/etc/apt/apt.conf.d/docker-* $root/etc/dpkg/dpkg.cfg.d/docker
 rm -f $root/etc/ssh/ssh_host_* $root/var/lib/dpkg/vmbuild-arch
-printf '%s' {FSTAB!r} >$root/etc/fstab
+cat >$root/etc/fstab <<END
+{FSTAB}END
 echo cloud >$root/etc/hostname
 printf '127.0.0.1 localhost\\n127.0.1.1 cloud\\n' >$root/etc/hosts
 : >$root/etc/machine-id
 ln -sf ../run/systemd/resolve/stub-resolv.conf $root/etc/resolv.conf
-mkdir -p $root/proc $root/sys $root/dev $root/run
+mkdir -p $root/proc $root/sys $root/dev $root/run $root/boot/efi
 """
 
 WITHOUT_CLOUD_INIT = f"""
