@@ -29,8 +29,9 @@ from vmbuild.lock import hold
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.sparse import create_sparse, write_sparse
 from vmbuild.model import GIB, MIB, Arch, Home, MachineRequest
+from vmbuild.reach import channel_of
 from vmbuild.report import Reporter, SilentReporter
-from vmbuild.start import channel_of, open_session
+from vmbuild.start import open_session
 
 RECIPE = 1
 """Raise it when this module would make other disks from the same packages."""

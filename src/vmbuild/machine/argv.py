@@ -30,9 +30,7 @@ ROWS = {
 }
 
 
-def qemu_argv(
-    spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, first_boot: bool = False
-) -> list[str]:
+def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, first_boot: bool = False) -> list[str]:
     """Return the argv that starts a machine in its folder: sockets are named relative to it.
 
     `first_boot` adds the drive that tells a disk from elsewhere what to become.

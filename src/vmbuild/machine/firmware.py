@@ -1,4 +1,4 @@
-"""The UEFI firmware of this host's QEMU: its code, and the template of the variables that each machine has of its own."""
+"""The UEFI firmware of this host's QEMU: its code, and a template of the variables that each machine has of its own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PLACES = {
         ("usr/share/qemu/edk2-arm-code.fd", "usr/share/qemu/edk2-arm-vars.fd"),
     ),
 }
-"""Code and variables where a distribution has no descriptors: Debian, Ubuntu, Fedora, Arch, openSUSE, Homebrew, QEMU."""
+"""Code and variables where there are no descriptors: Debian, Ubuntu, Fedora, Arch, openSUSE, Homebrew, QEMU."""
 
 
 @dataclass(frozen=True)
