@@ -17,13 +17,14 @@ from vmbuild.address import seen_from_guest
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError
 from vmbuild.guest import seed
-from vmbuild.guest.firstboot import KitFile, write_first_boot
+from vmbuild.guest.firstboot import PROVISION, KitFile, write_first_boot
 from vmbuild.guest.session import Session, capture
 from vmbuild.image import cloud, store
 from vmbuild.image.mirrors import AUTO, host_mirrors
 from vmbuild.lock import hold
 from vmbuild.machine import control, lifetime, serial
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.login import run_on_console
 from vmbuild.machine.probe import probe_for
 from vmbuild.model import GIB, DiskBoot, DiskSpec, GuestImage, Home, MachineRequest, MachineSpec
 from vmbuild.reach import wait_ready, write_seed
@@ -39,8 +40,10 @@ POWER_OFF_S = 120.0
 DISK_BYTES = 8 * GIB
 """What the disk is grown to: a distribution's own leaves no room for Docker. It is sparse, and grows on."""
 
-CHANGED = ("etc/docker/daemon.json", "etc/containerd/config.toml")
-SHARED = ("usr/lib/vmbuild/control", "usr/lib/vmbuild/job", "usr/lib/vmbuild/second-stage", "usr/share/vmbuild/parts")
+SHARED = (
+    *("etc/containerd/config.toml", "usr/share/vmbuild/parts"),
+    *("usr/lib/vmbuild/control", "usr/lib/vmbuild/job", "usr/lib/vmbuild/second-stage"),
+)
 """What a disk has in common with the appliance."""
 
 
@@ -86,7 +89,10 @@ def _run_first_boot(
     lifetime.start(machine, files, qemu, first_boot=True)
     try:
         with _with_console(files):
-            _follow_phases(files, Deadline.after(max(FIRST_BOOT_S, request.timeout_s)), report)
+            limit = Deadline.after(max(FIRST_BOOT_S, request.timeout_s))
+            if spec.login is not None:
+                run_on_console(files.console, spec.login, PROVISION, limit)
+            _follow_phases(files, limit, report)
             session = wait_ready(files, Deadline.after(max(READY_S, request.timeout_s)), report)
             report.step("Removing what the first boot left behind")
             _clean(session)
@@ -133,7 +139,7 @@ def _wait_off(files: MachineFiles) -> None:
 def _kit(spec: DiskSpec) -> list[KitFile]:
     """Return vmbuild's files for a disk; those under usr/lib/vmbuild and etc/init.d are programs."""
     shared, own = spec.guest_files / "root", spec.guest_files / "disk/root"
-    found = {name: shared / name for name in (*CHANGED, *SHARED)}
+    found = {name: shared / name for name in SHARED}
     found |= {path.relative_to(own).as_posix(): path for path in sorted(own.rglob("*")) if path.is_file()}
     programs = ("usr/lib/vmbuild/", "etc/init.d/")
     return [

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pycdlib
-
 from vmbuild.guest.seed import quote
 from vmbuild.whole import write_whole
 
@@ -80,6 +78,8 @@ def _pack(kit: Iterable[KitFile]) -> bytes:
 
 def _iso(files: Mapping[str, bytes]) -> bytes:
     """Return an ISO 9660 image; Rock Ridge and Joliet have the names as they are."""
+    import pycdlib  # once a guest image, and not for every command to load
+
     iso, out = pycdlib.PyCdlib(), io.BytesIO()
     iso.new(interchange_level=3, vol_ident=LABEL, rock_ridge="1.09", joliet=3)
     for number, (name, data) in enumerate(files.items()):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.serial import read_lines
 
 
 def make_pipes(files: MachineFiles) -> None:
@@ -62,8 +63,11 @@ def listen(
                 raise MachineError(f"QEMU ended before the guest answered `{last}`")
             *lines, rest = (rest + data).split(b"\n")
             for line in (whole.decode(errors="replace") for whole in lines):
-                if line == "failed":
-                    raise MachineError(f"the guest could not become `{last}`")
+                word, _, reason = line.partition(" ")
+                if word == "failed":
+                    raise MachineError(
+                        f"the guest could not become `{last}`", details=" ".join(read_lines(reason.encode()))
+                    )
                 yield line
                 if line == last:
                     break
