@@ -1,7 +1,8 @@
 """A bootable arm64 disk like the ones that distributions publish for clouds, put together from Debian packages.
 
 No cloud disk can be downloaded where these tests run. This one has what matters of them: UEFI, a boot loader, systemd,
-OpenSSH, a root partition that ends where the disk ends, and cloud-init, or in its stead a root password.
+OpenSSH, a root partition that ends where the disk ends. One has cloud-init and GRUB, the other a root password and
+systemd-boot.
 Packages are unpacked natively and configured in a machine of vmbuild's own; it takes minutes, so disks are kept.
 
 By hand: `python -m tests.machine.disks CACHE` prints the paths of both disks.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from vmbuild.deadline import Deadline
 from vmbuild.guest import docker
-from vmbuild.guest.session import Session, capture
+from vmbuild.guest.session import Session, Sink, capture
 from vmbuild.image import base, catalog, kernel, rootfs
 from vmbuild.image.debian import open_indexes
 from vmbuild.image.fetch import fetch_all
@@ -33,7 +34,7 @@ from vmbuild.reach import channel_of
 from vmbuild.report import Reporter, SilentReporter
 from vmbuild.start import open_session
 
-RECIPE = 1
+RECIPE = 2
 """Raise it when this module would make other disks from the same packages."""
 
 PASSWORD = "correct-horse"  # noqa: S105 - of a disk that lives for a test
@@ -54,6 +55,7 @@ PACKAGES = (
     "dbus",
     "debian-archive-keyring",
     "fdisk",
+    "grub2-common",
     "iproute2",
     "kmod",
     "libpam-systemd",
@@ -68,8 +70,26 @@ PACKAGES = (
 WITHOUT = ("initramfs-tools",)
 """Its initramfs would take minutes to make under emulation; a small one of ours mounts the root."""
 
-LOADER = "systemd-boot-efi"
-LOADER_FILE = "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"
+LOADERS = {
+    "grub": ("grub-efi-arm64-signed", "usr/lib/grub/arm64-efi-signed/grubaa64.efi.signed"),
+    "systemd-boot": ("systemd-boot-efi", "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"),
+}
+"""The package of each boot loader that is a program of one piece, and where in it that lies."""
+
+# As Debian's own disks have it: the one on the EFI partition leads to the one that update-grub writes.
+GRUB_ON_ESP = b"search --set=root --label cloudroot\nset prefix=($root)/boot/grub\nconfigfile $prefix/grub.cfg\n"
+GRUB_FIRST = """set timeout=0
+search --set=root --label cloudroot
+linux /boot/vmlinuz-@RELEASE@ @ARGS@
+initrd /boot/initrd.img-@RELEASE@
+boot
+"""
+GRUB_DEFAULTS = """GRUB_DEFAULT=0
+GRUB_TIMEOUT=5
+GRUB_DISTRIBUTOR=Debian
+GRUB_CMDLINE_LINUX_DEFAULT=""
+GRUB_CMDLINE_LINUX="console=tty0 console=ttyAMA0,115200"
+"""
 
 INIT = """#!/bin/busybox sh
 busybox=/bin/busybox
@@ -95,6 +115,8 @@ rm -f $root/usr/sbin/policy-rc.d $root/etc/apt/apt.conf.d/docker-* $root/etc/dpk
 rm -f $root/etc/ssh/ssh_host_* $root/var/lib/dpkg/vmbuild-arch
 cat >$root/etc/fstab <<END
 {FSTAB}END
+cat >$root/etc/default/grub <<END
+{GRUB_DEFAULTS}END
 echo cloud >$root/etc/hostname
 printf '127.0.0.1 localhost\\n127.0.1.1 cloud\\n' >$root/etc/hosts
 : >$root/etc/machine-id
@@ -105,8 +127,8 @@ mkdir -p $root/proc $root/sys $root/dev $root/run $root/boot/efi
 WITHOUT_CLOUD_INIT = f"""
 set -e
 root=$1
-chroot $root dpkg --purge --force-depends cloud-init
-rm -rf $root/etc/cloud $root/var/lib/cloud
+chroot $root dpkg --purge --force-depends cloud-init grub2-common grub-common
+rm -rf $root/etc/cloud $root/var/lib/cloud $root/boot/grub $root/boot/initrd.img-* $root/etc/default/grub*
 printf 'root:%s\\n' {PASSWORD!r} | chroot $root chpasswd
 printf '[Match]\\nName=en*\\n[Network]\\nDHCP=yes\\n' >$root/etc/systemd/network/80-dhcp.network
 ln -sf /usr/lib/systemd/system/systemd-networkd.service \
@@ -139,8 +161,7 @@ class Plan:
 
     spec: catalog.BaseSpec
     packages: tuple[Package, ...]
-    loader: Package
-    busybox: Package
+    tools: dict[str, Package]
     downloads: Path
     disks: Disks
 
@@ -148,26 +169,27 @@ class Plan:
 def make_disks(home: Home, report: Reporter | None = None) -> Disks:
     """Return the disks of a cache, made first where they are missing. `home.state` gets a machine for the making."""
     report = report or SilentReporter()
-    plan = _plan(home.cache, report)
+    plan = make_plan(home.cache, report)
     if not plan.disks.plain.exists():  # it is made last
         with hold(plan.disks.plain.with_name("lock"), report, "makes the test disks"):
             _make(plan, home, report)
     return plan.disks
 
 
-def _plan(cache: Path, report: Reporter) -> Plan:
+def make_plan(cache: Path, report: Reporter) -> Plan:
+    """Return what the disks are made of, packages fetched."""
     slim = catalog.load_base("debian:trixie-slim")
     mirrors = {"debian": "auto", "debian-security": "auto"}
     indexes = open_indexes(slim.repositories, Arch.ARM64, mirrors, slim.keyrings, cache / "indexes", report)
     packages = resolve_closure(indexes, PACKAGES, without=WITHOUT, essential=True)
-    (loader,) = (p for p in resolve_closure(indexes, [LOADER]) if p.name == LOADER)
-    (busybox,) = (p for p in resolve_closure(indexes, ["busybox-static"]) if p.name == "busybox-static")
-    fetch_all(package_downloads([*packages, loader, busybox], cache / "packages"), report, label="download")
-    facts = [str(RECIPE), FINISH, WITHOUT_CLOUD_INIT, INIT, ARGS, *(p.sha256 for p in packages)]
+    names = ["busybox-static", *(package for package, _ in LOADERS.values())]
+    tools = {name: next(p for p in resolve_closure(indexes, [name]) if p.name == name) for name in names}
+    fetch_all(package_downloads([*packages, *tools.values()], cache / "packages"), report, label="download")
+    facts = [str(RECIPE), FINISH, WITHOUT_CLOUD_INIT, INIT, ARGS, *(p.sha256 for p in (*packages, *tools.values()))]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     folder = cache / "test-disks" / digest
     disks = Disks(folder / "cloud-init.raw", folder / "plain.raw")
-    return Plan(slim, packages, loader, busybox, cache / "packages", disks)
+    return Plan(slim, packages, tools, cache / "packages", disks)
 
 
 def _make(plan: Plan, home: Home, report: Reporter) -> None:
@@ -192,12 +214,20 @@ def _make(plan: Plan, home: Home, report: Reporter) -> None:
         report.step("Configuring them")
         with report.meter("configure", len(plan.packages), unit="packages") as meter:
             docker.configure_tree(session, work, meter)
-        for script, path in ((FINISH, plan.disks.cloud_init), (WITHOUT_CLOUD_INIT, plan.disks.plain)):
+        boot = _read_boot(plan)
+        capture(session, ["mkdir", "-p", f"{work.context}/boot/grub"])
+        _put(session, f"{work.context}/boot/grub/grub.cfg", boot.grub)
+        _put(session, f"{work.context}/boot/initrd.img-{boot.release}", boot.initrd)
+        variants = (
+            (FINISH, plan.disks.cloud_init, "grub"),
+            (WITHOUT_CLOUD_INIT, plan.disks.plain, "systemd-boot"),
+        )
+        for script, path, loader in variants:
             report.step(f"Writing {path.name}")
             capture(session, ["sh", "-c", script, "finish", work.context])
             capture(session, ["sh", "-c", FORMAT, "format", work.context, str(ROOT_BYTES // 1024)])
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                _write_disk(plan, files.outbox, Path(scratch) / "disk")
+                _write_disk(_esp_files(plan, boot, loader), files.outbox, Path(scratch) / "disk")
                 (Path(scratch) / "disk").replace(path)
         _power_off(session)
 
@@ -217,18 +247,25 @@ END
 """
 
 
+def _put(session: Session, path: str, data: bytes) -> None:
+    def feed(sink: Sink) -> None:
+        sink.write(data)
+
+    docker.write_file(session, path, feed)
+
+
 def _power_off(session: Session) -> None:
     session.run(["sh", "-c", "sync; poweroff -f &"], deadline=Deadline.after(10))
 
 
-def _write_disk(plan: Plan, root: Path, disk: Path) -> None:
+def _write_disk(esp: dict[str, bytes], root: Path, disk: Path) -> None:
     """Lay out the disk: root is partition 1 and last, the EFI partition 15 and first, as Debian's own have it."""
     size = ROOT_AT + ROOT_BYTES + MIB
     with create_sparse(disk, size) as file, root.open("rb") as source:
         for at in range(0, ROOT_BYTES, MIB):
             write_sparse(file, ROOT_AT + at, source.read(MIB))
     _write_table(disk)
-    _write_esp(plan, disk)
+    _write_esp(esp, disk)
 
 
 def _write_table(disk: Path) -> None:
@@ -240,24 +277,48 @@ uuid={ROOT_PARTUUID}
     _run("sfdisk", "-q", str(disk), stdin=table.encode())
 
 
-def _write_esp(plan: Plan, disk: Path) -> None:
-    loader = rootfs.read_files(package_path(plan.loader, plan.downloads), [LOADER_FILE])[LOADER_FILE]
+@dataclass(frozen=True)
+class Boot:
+    """What is booted: the kernel and its release, an initramfs, and GRUB's first configuration."""
+
+    release: str
+    kernel: bytes
+    initrd: bytes
+    grub: bytes
+
+
+def _read_boot(plan: Plan) -> Boot:
     (package,) = (p for p in plan.packages if p.name.startswith("linux-image-6") or "-cloud-arm64" in p.name[12:])
     files = rootfs.read_files(package_path(package, plan.downloads), ["boot/vmlinuz", "usr/lib/modules/"])
-    (image,) = (data for path, data in files.items() if path.startswith("boot/vmlinuz"))
-    content = {
-        "EFI/BOOT/BOOTAA64.EFI": loader,
+    (path,) = (path for path in files if path.startswith("boot/vmlinuz"))
+    release = path.removeprefix("boot/vmlinuz-")
+    grub = GRUB_FIRST.replace("@RELEASE@", release).replace("@ARGS@", ARGS)
+    return Boot(release, files[path], _initrd(plan, files), grub.encode())
+
+
+def _esp_files(plan: Plan, boot: Boot, loader: str) -> dict[str, bytes]:
+    package, name = LOADERS[loader]
+    program = rootfs.read_files(package_path(plan.tools[package], plan.downloads), [name])[name]
+    if loader == "grub":
+        return {"EFI/BOOT/BOOTAA64.EFI": program, "EFI/debian/grub.cfg": GRUB_ON_ESP}
+    entry = f"title Debian\nlinux /vmlinuz\ninitrd /initrd.img\noptions {ARGS}\n"
+    return {
+        "EFI/BOOT/BOOTAA64.EFI": program,
         "loader/loader.conf": b"timeout 0\n",
-        "loader/entries/debian.conf": f"title Debian\nlinux /vmlinuz\ninitrd /initrd.img\noptions {ARGS}\n".encode(),
-        "vmlinuz": image,
-        "initrd.img": _initrd(plan, files),
+        "loader/entries/debian.conf": entry.encode(),
+        "vmlinuz": boot.kernel,
+        "initrd.img": boot.initrd,
     }
+
+
+def _write_esp(content: dict[str, bytes], disk: Path) -> None:
     with tempfile.TemporaryDirectory(dir=disk.parent) as scratch:
         esp = Path(scratch) / "esp"
         with esp.open("wb") as file:
             file.truncate(ESP_BYTES)
         _run("mformat", "-i", str(esp), "-F", "-v", "ESP", "::")
-        for folder in ("EFI", "EFI/BOOT", "loader", "loader/entries"):
+        parents = {str(parent) for path in content for parent in Path(path).parents} - {"."}
+        for folder in sorted(parents):
             _run("mmd", "-i", str(esp), f"::{folder}")
         for path, data in content.items():
             (Path(scratch) / "file").write_bytes(data)
@@ -272,7 +333,7 @@ def _initrd(plan: Plan, files: dict[str, bytes]) -> bytes:
     modules = {m.name: m for m in (kernel.read_module(path, files[path]) for path in files if ".ko" in path)}
     needed = kernel.load_order(modules, ["virtio_blk", "ext4"], kernel.builtin_modules(listing.decode()))
     path = "usr/bin/busybox"
-    busybox = rootfs.read_files(package_path(plan.busybox, plan.downloads), [path])[path]
+    busybox = rootfs.read_files(package_path(plan.tools["busybox-static"], plan.downloads), [path])[path]
     return kernel.pack_initramfs(
         [
             File("init", INIT.encode(), 0o755),
