@@ -61,10 +61,10 @@ def ensure(spec: DiskSpec, request: MachineRequest, home: Home, report: Reporter
 
 def _provision(spec: DiskSpec, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     disk = cloud.fetch_disk(spec, home.cache, report)
-    for left in (home.cache / "images").glob(f".{spec.name}~*/machine"):  # we hold the lock: nobody waits for these
+    for left in (home.cache / "images").glob(f".{spec.name}~*/{spec.name}"):  # we hold the lock: nobody waits for these
         lifetime.stop(MachineFiles(left), Deadline.after(0))
     with store.workspace(home.cache, spec.name) as folder:
-        files = MachineFiles(folder / "machine")
+        files = MachineFiles(folder / spec.name)
         _run_first_boot(spec, disk, files, request, home, report)
         report.step("Keeping the disk")
         argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", str(files.disk), str(folder / "disk.qcow2")]

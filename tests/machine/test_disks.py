@@ -233,7 +233,7 @@ def test_it_is_stopped_and_keeps_what_it_has(world: World, machine: str) -> None
 
 
 def test_two_machines_have_nothing_in_common(world: World, machine: str) -> None:
-    identity = "cat /etc/machine-id; cat /var/lib/docker/engine-id; cut -d ' ' -f 2 /root/.ssh/authorized_keys"
+    identity = "cat /etc/machine-id; cat /var/lib/docker/engine-id; echo; cut -d ' ' -f 2 /root/.ssh/authorized_keys"
     first = world.guest(machine, identity).split()
     operate.destroy(machine, world.home, world.steps)
     other = f"{world.spec.name}-2"

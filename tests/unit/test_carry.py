@@ -727,3 +727,11 @@ def test_a_place_that_there_is_not_suspends_nothing(world: World, tmp_path: Path
     with pytest.raises(UsageError, match="cannot write a bundle"):
         carry.suspend("box", tmp_path / "none" / "b.vmbundle", world.here, SilentReporter())
     assert not MachineFiles.at(world.here.state, "box").suspension.exists()
+
+
+def test_a_machine_that_boots_a_disk_is_not_packed(world: World, tmp_path: Path) -> None:
+    files = MachineFiles.at(world.here.state, "box")
+    files.variables.touch()
+    with pytest.raises(UsageError, match="cannot be packed as a bundle"):
+        carry.suspend("box", tmp_path / "b.vmbundle", world.here, SilentReporter())
+    assert not files.suspension.exists()

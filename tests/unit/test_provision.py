@@ -168,7 +168,7 @@ def test_a_guest_that_stays_on_is_not_kept(world: World, monkeypatch: pytest.Mon
 
 
 def test_what_a_killed_attempt_left_is_ended_and_removed(world: World) -> None:
-    left = world.home.cache / "images" / ".cloudy~abc" / "machine"
+    left = world.home.cache / "images" / ".cloudy~abc" / "cloudy"
     left.mkdir(parents=True)
     (left / "qemu.pid").write_text("1")
     world.ensure()
