@@ -22,6 +22,7 @@ from tests.machine import disks
 from vmbuild import build, carry, operate, start
 from vmbuild.errors import MachineError, UsageError
 from vmbuild.follow import Watch
+from vmbuild.guest import job
 from vmbuild.guest.session import capture
 from vmbuild.image import catalog, rootfs, store
 from vmbuild.image.packages import package_path
@@ -211,9 +212,13 @@ def test_it_grows_while_it_runs(world: World, machine: str) -> None:
 def test_it_is_suspended_and_goes_on(world: World, machine: str) -> None:
     boot = "cat /proc/sys/kernel/random/boot_id"
     before = world.guest(machine, boot)
+    with running_session(machine, world.home) as session:
+        capture(session, ["mkdir", "/run/a-build"])
+        job.start(session, "/run/a-build", ["sleep", "600"], None)
     operate.suspend(machine, world.home, world.steps)
     assert world.up(machine).restored
     assert world.guest(machine, boot) == before
+    world.guest(machine, "kill -0 $(cat /run/a-build/keeper)")  # OpenSSH's server was started again meanwhile
     assert abs(float(world.guest(machine, "date +%s")) - time.time()) < 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmbuild.guest.archive import BLOBS
+from vmbuild.model import SYSTEMS
 
 ROOT = Path(__file__).parents[2] / "images" / "guest" / "root"
 PARTS = ROOT / "usr/share/vmbuild/parts"
@@ -61,6 +63,13 @@ def test_scripts_are_shell(script: Path) -> None:
     subprocess.run(["sh", "-n", str(script)], check=True)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_docker_gets_into_a_disk_of_every_package_system(system: str) -> None:
+    script = (DISK / "provision").read_text()
+    assert f"\ninstall_{system}() {{\n" in script
+    assert f"\nWANTED_{system}=" in script
+
+
 def test_a_disk_is_told_of_docker_what_the_appliance_is_but_for_containerd() -> None:
     """Where a distribution's own unit names containerd already, naming it twice keeps dockerd from starting."""
     appliance, disk = (json.loads((root / "etc/docker/daemon.json").read_text()) for root in (ROOT, DISK / "root"))
@@ -74,8 +83,21 @@ def test_a_disk_restarts_the_ssh_server_that_it_has() -> None:
     assert subprocess.check_output(["sh", "-c", script]) == b"-q sshd restart\n"
 
 
-@pytest.mark.parametrize(("size", "grown"), [(2048 + 40_000 + 33, False), (100_000, True)])
-def test_a_partition_grows_when_there_is_room_behind_it(tmp_path: Path, size: int, grown: bool) -> None:
+WITH_SFDISK = ["sfdisk -q --no-reread --force -N 1 /dev/vda", "partx -u /dev/vda"]
+WITH_GROWPART = ["growpart /dev/vda 1"]
+
+
+@pytest.mark.parametrize(
+    ("size", "there", "wanted"),
+    [
+        (2048 + 40_000 + 33, ("sfdisk", "growpart"), []),
+        (100_000, ("sfdisk", "growpart"), WITH_SFDISK),
+        (100_000, ("growpart",), WITH_GROWPART),
+    ],
+)
+def test_a_partition_grows_when_there_is_room_behind_it(
+    tmp_path: Path, size: int, there: tuple[str, ...], wanted: list[str]
+) -> None:
     part = tmp_path / "devices" / "vda" / "vda1"
     part.mkdir(parents=True)
     for name, number in (("partition", 1), ("start", 2048), ("size", 40_000)):
@@ -88,12 +110,14 @@ def test_a_partition_grows_when_there_is_room_behind_it(tmp_path: Path, size: in
     (tmp_path / "mounts").write_text("rootfs / rootfs rw 0 0\n/dev/vda1 / ext4 rw 0 0\n")
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("sfdisk", "partx", "resize2fs"):
+    for tool in ("partx", "resize2fs", *there):
         (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >>"{tmp_path}/ran"\n')
         (tools / tool).chmod(0o755)
     script = (DISK / "root/usr/lib/vmbuild/grow").read_text()
-    script = script.replace("PATH=", f"PATH={tools}:", 1).replace("/proc/mounts", f"{tmp_path}/mounts")
-    subprocess.run(["sh", "-c", script.replace("/sys/class/block", str(block))], check=True)
+    for tool in ("awk", "tail", "basename", "readlink", "cat"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    script = script.replace("PATH=/usr/sbin:/usr/bin:/sbin:/bin", f"PATH={tools}")
+    script = script.replace("/proc/mounts", f"{tmp_path}/mounts")
+    subprocess.run(["/bin/sh", "-c", script.replace("/sys/class/block", str(block))], check=True)
     ran = (tmp_path / "ran").read_text().splitlines()
-    wanted = ["sfdisk -q --no-reread --force -N 1 /dev/vda", "partx -u /dev/vda"] if grown else []
     assert ran == [*wanted, "resize2fs /dev/vda1"]
