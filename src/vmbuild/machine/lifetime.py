@@ -90,7 +90,8 @@ def _make_disk(spec: MachineSpec, path: Path) -> None:
     if not isinstance(boot, DiskBoot):
         process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(spec.disk_bytes)])
         return
-    process.run(["qemu-img", "convert", "-O", "qcow2", str(boot.disk), str(path)])
+    # The format is said: a disk whose bytes chose it could lead to files of this host.
+    process.run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", str(boot.disk), str(path)])
     if spec.disk_bytes > _virtual_size(path):
         _grow(path, spec.disk_bytes)
 
