@@ -15,13 +15,18 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
-IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
+IMAGE = {
+    *("tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"),
+    "cloud",
+}
 MACHINE = {
     "files",
+    "firmware",
     "probe",
     "argv",
     "qmp",
     "serial",
+    "login",
     "control",
     "migration",
     "facts",
@@ -39,6 +44,7 @@ GUEST = {
     "job",
     "channel",
     "seed",
+    "firstboot",
     "ssh",
     "terminal",
     "ready",
@@ -76,13 +82,16 @@ ALLOWED: dict[str, set[str]] = {
     "image.kernel": GROUND | {"image.tree"},
     "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
     "image.base": GROUND | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel"}},
+    "image.cloud": GROUND | {"process", "image.fetch"},
     "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
     "machine.files": GROUND,
-    "machine.probe": GROUND | {"process"},
+    "machine.firmware": GROUND,
+    "machine.probe": GROUND | {"process", "machine.firmware"},
     "machine.argv": GROUND | {"machine.files", "machine.probe"},
     "machine.qmp": GROUND,
     "machine.serial": GROUND | {"machine.qmp"},
-    "machine.control": GROUND | {"machine.files"},
+    "machine.login": GROUND | {"machine.qmp", "machine.serial"},
+    "machine.control": GROUND | {"machine.files", "machine.serial"},
     "machine.migration": GROUND | {"machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.sparse": GROUND,
@@ -95,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.session": GROUND,
     "guest.keys": GROUND,
     "guest.seed": GROUND | {"guest.keys"},
+    "guest.firstboot": GROUND | {"guest.seed"},
     "guest.ssh": GROUND | {"guest.session"},
     "guest.terminal": GROUND | {"guest.session"},
     "guest.clock": {"guest.session"},
@@ -110,29 +120,36 @@ ALLOWED: dict[str, set[str]] = {
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
     "settle": GROUND | {"image.catalog"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
+    "reach": GROUND
+    | {"machine.files", "machine.lifetime"}
+    | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
+    "provision": GROUND
+    | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
+    | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
+    | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "settle", "image.catalog", "image.store"}
+    | {"process", "provision", "reach", "settle", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
-    | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
+    | {"start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom", "sync", "transfer")},
     "operate": GROUND
-    | {"start"}
+    | {"start", "reach"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "operate", "follow", "guard"}
+    | {"start", "reach", "operate", "follow", "guard"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
-    | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
+    | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "process", "settle", "image.catalog", "image.store"}
+    | {"start", "reach", "process", "settle", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
@@ -158,6 +175,8 @@ DOORS = {
     "rich": {"ui"},
     "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
     "cryptography": {"guest.keys"},
+    "pexpect": {"machine.login"},
+    "pycdlib": {"guest.firstboot"},
 }
 """A foreign package, and the modules that may import it."""
 
