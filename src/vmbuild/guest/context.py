@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -157,6 +158,9 @@ def add_file(tar: tarfile.TarFile, name: str, path: Path) -> Entry | None:
         info = tar.gettarinfo(path, name)
         info.uid = info.gid = 0
         info.uname = info.gname = ""
+        info.mtime, nanoseconds = divmod(found.st_mtime_ns, 1_000_000_000)
+        if nanoseconds:  # which a float cannot hold
+            info.pax_headers["mtime"] = str(Decimal(found.st_mtime_ns).scaleb(-9))
         tar.getmembers().clear()  # else it remembers every file
         if not info.isreg():
             tar.addfile(info)

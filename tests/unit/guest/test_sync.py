@@ -85,13 +85,13 @@ class World:
 
 
 def look_through(folder: Path) -> dict[str, tuple[object, ...]]:
-    """Return what a tree holds: kind and mode, time to the microsecond, and content or target."""
+    """Return what a tree holds: kind and mode, time in nanoseconds, and content or target."""
     found = dict[str, tuple[object, ...]]()
     for path in folder.rglob("*"):
         facts = path.lstat()
         content = str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        microseconds = 0 if path.is_symlink() else round(facts.st_mtime_ns / 1000, -1)
-        found[str(path.relative_to(folder))] = (stat.filemode(facts.st_mode), microseconds, content)
+        time_ns = 0 if path.is_symlink() else facts.st_mtime_ns
+        found[str(path.relative_to(folder))] = (stat.filemode(facts.st_mode), time_ns, content)
     return found
 
 
