@@ -160,7 +160,7 @@ def add_file(tar: tarfile.TarFile, name: str, path: Path) -> Entry | None:
         info.uname = info.gname = ""
         info.mtime, nanoseconds = divmod(found.st_mtime_ns, 1_000_000_000)
         if nanoseconds:  # which a float cannot hold
-            info.pax_headers["mtime"] = str(Decimal(found.st_mtime_ns).scaleb(-9))
+            info.pax_headers = {"mtime": str(Decimal(found.st_mtime_ns).scaleb(-9))}
         tar.getmembers().clear()  # else it remembers every file
         if not info.isreg():
             tar.addfile(info)
