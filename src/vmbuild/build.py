@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, operate, process, record
+from vmbuild import follow, operate, process, record, settle
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
 from vmbuild.guest import archive, context, docker, oom
@@ -24,7 +25,7 @@ from vmbuild.image import catalog
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
-from vmbuild.model import MIB, PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest, format_size
+from vmbuild.model import MIB, PLATFORMS, BaseResult, BuildRequest, BuildResult, Home, MachineRequest, format_size
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import channel_of, open_session
@@ -52,7 +53,7 @@ def build(
 
 
 def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineRequest | None:
-    """Give a machine more memory: what it was started with, else twice that. Returns None when there is no more."""
+    """Give a machine more memory: what it was started with, else up to twice that. Returns None when there is none."""
     files = MachineFiles.at(home.state, request.name)
     now = lifetime.status(files)
     most, has = now.memory_mib or request.memory_mib, now.memory_now_mib or 0
@@ -60,10 +61,11 @@ def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineReque
         operate.resize(request.name, home, report, cpus=None, memory_mib=most, disk_bytes=None)
         return replace(request, memory_mib=most)
     spare = process.available_memory_bytes()
-    if (spare is not None and spare < most * MIB) or record.load_all(files.builds):
-        return None  # the host has no more, or another build would go down with the machine
+    larger = settle.limit_memory(2 * most, settle.machine_arch(request, files))
+    if larger <= most or (spare is not None and spare < most * MIB) or record.load_all(files.builds):
+        return None  # machine or host has no more, or another build would go down with the machine
     operate.down(request.name, home, report)
-    return replace(request, memory_mib=2 * most)
+    return replace(request, memory_mib=larger)
 
 
 def _build_once(
@@ -76,10 +78,11 @@ def _build_once(
     watch: Watch,
 ) -> BuildResult:
     begun = time.time()
+    files = MachineFiles.at(home.state, request.name)
+    asked = replace(asked, platform=settle.choose_platform(asked.platform, settle.machine_arch(request, files)))
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
-    files = MachineFiles.at(home.state, request.name)
     with open_session(request, home, report) as session:
         work = docker.make_workspace(session)
         with _removed_on_failure(session, work):
@@ -175,23 +178,27 @@ def _forget_old_results(asked: BuildRequest) -> None:
             path.unlink()
 
 
-def base(request: MachineRequest, reference: str, home: Home, report: Reporter, *, platform: str, force: bool) -> str:
-    """Make a Debian base image in the guest from signed packages; return its id. Needs no registry."""
+def base(
+    request: MachineRequest, reference: str, home: Home, report: Reporter, *, platform: str | None, force: bool
+) -> BaseResult:
+    """Make a Debian base image in the guest from signed packages. Needs no registry."""
     spec = catalog.load_base(reference)
+    files = MachineFiles.at(home.state, request.name)
+    platform = settle.choose_platform(platform, settle.machine_arch(request, files))
     if platform not in PLATFORMS:
         raise UsageError(
             f"vmbuild cannot make a base image for {platform}", resolution=f"Choose one of: {', '.join(PLATFORMS)}."
         )
     with open_session(request, home, report) as session:
         if not force and (found := docker.image_for(session, spec.repo_tag, platform)):
-            return found
+            return BaseResult(spec.repo_tag, platform, found)
         mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
         plan = base_image.plan(spec, PLATFORMS[platform], mirrors, home.cache, report)
         with docker.workspace(session) as work:
             if not base_image.is_kept(plan):
                 report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-                channel = channel_of(MachineFiles.at(home.state, request.name))
-                docker.unpack_tree(session, work, lambda sink: base_image.write_plan(plan, sink, report), channel)
+                tree = partial(base_image.write_plan, plan, report=report)
+                docker.unpack_tree(session, work, tree, channel_of(files))
                 report.step("Configuring the packages in the guest")
                 with report.meter("configure", len(plan.packages), unit="packages") as meter:
                     docker.configure_tree(session, work, meter)
@@ -199,4 +206,5 @@ def base(request: MachineRequest, reference: str, home: Home, report: Reporter, 
                 with base_image.layer_writer(plan) as write:
                     docker.pack_tree(session, work, write)
             report.step(f"Loading {spec.repo_tag}")
-            return docker.import_image(session, work, base_image.feed_layer(plan), spec.repo_tag, platform)
+            made = docker.import_image(session, work, base_image.feed_layer(plan), spec.repo_tag, platform)
+            return BaseResult(spec.repo_tag, platform, made)

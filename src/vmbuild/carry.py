@@ -118,7 +118,9 @@ def resume(
     """
     path = _find_bundle(path)
     about = _About.read(path)
-    request = replace(request, name=about.name_for(request))
+    # What the machine in a bundle is, no setting chooses; `resume` has no such options either.
+    given = request.given - {"arch", "image"}
+    request = replace(request, name=about.name_for(request), arch=None, given=given)
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         if not _is_here(files, about):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmbuild import process
 from vmbuild.errors import VmbuildError
 from vmbuild.image.debian import host_mirrors
-from vmbuild.machine.probe import probe
+from vmbuild.machine.probe import BINARIES, probe
 from vmbuild.model import GIB, Arch, Home, format_size
 
 WANTED_FREE = 5 * GIB
@@ -30,7 +30,8 @@ class HostCheck:
 def check_host(home: Home) -> list[HostCheck]:
     """Return every check of this host, in the order in which a build needs them."""
     return [
-        *(_check_program(name) for name in ("gpgv", "sqfstar", "qemu-img", "qemu-system-aarch64")),
+        *(_check_program(name) for name in ("gpgv", "sqfstar", "qemu-img", BINARIES[Arch.ARM64])),
+        _check_other_qemu(),
         _check_qemu(home),
         _check_space("cache", home.cache),
         _check_space("state", home.state),
@@ -40,6 +41,12 @@ def check_host(home: Home) -> list[HostCheck]:
 
 def _check_program(name: str) -> HostCheck:
     return _guard(name, lambda: process.find_program(name))
+
+
+def _check_other_qemu() -> HostCheck:
+    """See whether there is a QEMU for 32-bit machines: who wants none needs none."""
+    found = _check_program(BINARIES[Arch.ARMHF])
+    return found if found.ok else replace(found, ok=True, found="not installed: needed for --arch arm alone")
 
 
 def _check_qemu(home: Home) -> HostCheck:

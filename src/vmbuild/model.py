@@ -48,8 +48,29 @@ class Arch(StrEnum):
     ARMHF = "armhf"
 
 
-PLATFORMS = {"linux/arm64": Arch.ARM64}
-"""The container platforms that a machine builds for, and the Debian architecture of each."""
+@dataclass(frozen=True)
+class ArchDefaults:
+    """What a machine of an architecture is called, and boots, where nothing else was chosen."""
+
+    machine: str
+    image: str
+
+
+ARCHES = {"arm64": Arch.ARM64, "arm": Arch.ARMHF}
+"""The architectures by the names that users give them, which are Docker's."""
+
+ARCH_DEFAULTS = {
+    Arch.ARM64: ArchDefaults("default", "debian-13-arm64"),
+    Arch.ARMHF: ArchDefaults("arm", "debian-13-armhf"),
+}
+
+PLATFORMS = {"linux/arm64": Arch.ARM64, "linux/arm/v7": Arch.ARMHF}
+"""The container platforms that a base image can be made for, and the Debian architecture of each."""
+
+
+def arch_name(arch: str) -> str:
+    """Return an architecture as users write it: `arm` for Debian's `armhf`."""
+    return next(name for name, each in ARCHES.items() if each == arch)
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,8 @@ class Repository:
     """One suite of a signed Debian repository, as the catalogue declares it.
 
     `mirror` names the mirror setting that it follows (`debian` or `debian-security`); `public_url` is the default.
-    An `optional` repository that cannot be reached costs a warning, not the guest image.
+    An `optional` repository that cannot be reached costs a warning, not the guest image. `alias` is the suite's other
+    name (`stable` of `trixie`), for a mirror whose package index and Release file are out of step by the first.
     """
 
     suite: str
@@ -65,6 +87,7 @@ class Repository:
     public_url: str
     components: tuple[str, ...] = ("main",)
     optional: bool = False
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class ApplianceSpec(ImageSpec):
     """A guest image that is assembled from Debian packages and booted without firmware.
 
     `modules` are loaded in the initramfs, `exclude` are path prefixes left out of the root tree, `without` are
-    packages left out of the dependency closure.
+    packages left out of the dependency closure. The kernel is from `kernel_repositories` where there are any.
     """
 
     kind: ClassVar[str] = "appliance"
@@ -99,6 +122,7 @@ class ApplianceSpec(ImageSpec):
     without: tuple[str, ...]
     exclude: tuple[str, ...]
     kernel: str
+    kernel_repositories: tuple[Repository, ...]
     modules: tuple[str, ...]
     kernel_args: tuple[str, ...]
 
@@ -188,6 +212,7 @@ class MachineRequest:
     `given` names the settings that the user chose, as against defaults: a running machine that differs from a
     default is no surprise, one that differs from a choice deserves a warning. `demanded` names those of them that are
     on the command line: what cannot be is refused there, while a file may be older than the machine is large.
+    `arch` is None where none was chosen: then it is the guest image's, or what the machine was last time.
     """
 
     name: str
@@ -197,6 +222,7 @@ class MachineRequest:
     image: str
     mirror: str = "auto"
     security_mirror: str = "auto"
+    arch: Arch | None = None
     timeout_s: float = 300.0
     snapshots: bool = True
     given: frozenset[str] = frozenset()
@@ -247,6 +273,7 @@ class MachineStatus:
     rss_bytes: int | None = None
     started_at: float | None = None
     restored: bool | None = None
+    arch: str | None = None
     folder: Path | None = None
 
 
@@ -256,8 +283,8 @@ class BuildRequest:
 
     `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
     docker archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
-    columns and rows of the terminal that BuildKit may draw on. `oom_retry` builds again, with more memory, what ran out
-    of it.
+    columns and rows of the terminal that BuildKit may draw on. `platform` is None for the machine's own. `oom_retry`
+    builds again, with more memory, what ran out of it.
     """
 
     context: str
@@ -266,7 +293,7 @@ class BuildRequest:
     build_args: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     target: str | None = None
-    platform: str = "linux/arm64"
+    platform: str | None = None
     no_cache: bool = False
     pull: bool = False
     progress: str = "plain"
@@ -276,6 +303,15 @@ class BuildRequest:
     metadata_file: Path | None = None
     quiet: bool = False
     oom_retry: bool = False
+
+
+@dataclass(frozen=True)
+class BaseResult:
+    """A base image that a machine now has."""
+
+    reference: str
+    platform: str
+    image_id: str
 
 
 @dataclass(frozen=True)

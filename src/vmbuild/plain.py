@@ -16,13 +16,15 @@ MOST_SECONDS = 1e11
 def read_plain(kind: type[T], data: object) -> T:
     """Return the dataclass that a JSON object tells of.
 
-    Its fields may be text, numbers, seconds (float), truth values, tuples of text, and such dataclasses again. Raises
-    TypeError or ValueError for a field too many or too few, and for a value that is not of its field's type.
+    Its fields may be text, numbers, seconds (float), truth values, tuples of text, and such dataclasses again. One that
+    has a default may be missing: an older vmbuild knew nothing of it. Raises TypeError or ValueError for a field too
+    many or too few, and for a value that is not of its field's type.
     """
     hints = get_type_hints(kind)
-    if not isinstance(data, dict) or data.keys() != hints.keys():
+    needed = {name for name in hints if not hasattr(kind, name)}  # a dataclass keeps its defaults as class attributes
+    if not isinstance(data, dict) or not needed <= data.keys() <= hints.keys():
         raise TypeError(f"{kind.__name__} has the fields {', '.join(hints)}, and not what {data!r:.200} says")
-    return kind(**{name: _read(hints[name], data[name], name) for name in hints})
+    return kind(**{name: _read(hints[name], value, name) for name, value in data.items()})
 
 
 def _read(hint: Any, value: Any, name: str) -> Any:

@@ -14,7 +14,18 @@ import click
 import platformdirs
 
 from vmbuild.errors import UsageError
-from vmbuild.model import GIB, MIB, Home, MachineRequest, format_size, parse_size
+from vmbuild.model import (
+    ARCH_DEFAULTS,
+    ARCHES,
+    GIB,
+    MIB,
+    Arch,
+    Home,
+    MachineRequest,
+    arch_name,
+    format_size,
+    parse_size,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROJECT_FILE = "vmbuild.toml"
@@ -57,6 +68,14 @@ class Value:
 
 FORMS = {"TIME": "TIME, such as 90s, 45m or 2h", "SIZE": "SIZE, such as 2G", "N": "a number"}
 """How a value is written, by its metavar."""
+
+
+def _parse_arch(text: str) -> Arch:
+    if text not in ARCHES:
+        raise UsageError(
+            f"vmbuild has no machines of architecture {text!r}", resolution=f"Choose {' or '.join(ARCHES)}."
+        )
+    return ARCHES[text]
 
 
 def _parse_cpus(text: str) -> int:
@@ -128,11 +147,21 @@ def _off() -> str:
 
 
 SETTINGS = (
-    Setting("name", "NAME", "The machine's name.", lambda: "default", "default", str),
+    Setting(
+        *("name", "NAME", "The machine's name.", lambda: ARCH_DEFAULTS[Arch.ARM64].machine),
+        *("default; arm of a 32-bit machine", str),
+    ),
+    Setting(
+        *("arch", "ARCH", "Architecture of the machine: arm64, or arm for a 32-bit one.", lambda: "arm64"),
+        *("arm64, or the image's", _parse_arch),
+    ),
     Setting("cpus", "N", "Virtual CPUs of the machine.", _host_cpus, "all of the host's", _parse_cpus),
     Setting("memory", "SIZE", "Memory of the machine.", _host_memory, "half the host's, up to 4G", _parse_memory),
     Setting("disk", "SIZE", "Disk of the machine, sparse; can grow, never shrink.", lambda: "40G", "40G", _parse_disk),
-    Setting("image", "IMAGE", "Guest image.", lambda: "debian-13-arm64", "debian-13-arm64", str),
+    Setting(
+        *("image", "IMAGE", "Guest image.", lambda: ARCH_DEFAULTS[Arch.ARM64].image),
+        *("debian-13-arm64; debian-13-armhf of a 32-bit machine", str),
+    ),
     Setting("timeout", "TIME", "How long to wait until Docker answers.", lambda: "300s", "300s", _parse_seconds),
     Setting("time_limit", "TIME", "Suspend the machine before a build has taken so long.", _off, "off", _parse_limit),
     Setting("reserve", "TIME", "Kept of that beyond what suspending takes.", lambda: "60s", "60s", _parse_seconds),
@@ -185,6 +214,7 @@ class Settings:
             image=self["image"],
             mirror=self["mirror"],
             security_mirror=self["security_mirror"],
+            arch=None if self.values["arch"].origin == "default" else self["arch"],
             timeout_s=self["timeout"],
             snapshots=self["snapshots"],
             given=frozenset(key for key, value in self.values.items() if value.origin != "default"),
@@ -208,7 +238,15 @@ def resolve(
     files = [(path, _read_file(path)) for path in (project, user_config) if path is not None and _is_file(path)]
     if project is not None:
         _refuse_untrusted(project, files[0][1])
-    return Settings({setting.key: _choose(setting, flags, env, files) for setting in SETTINGS})
+    values = {setting.key: _choose(setting, flags, env, files) for setting in SETTINGS}
+    return Settings({**values, **_follow_arch(values)})
+
+
+def _follow_arch(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what the architecture decides where nothing was chosen: the guest image, and the machine's name."""
+    defaults = ARCH_DEFAULTS[values["arch"].value]
+    follow = {"name": defaults.machine, "image": defaults.image}
+    return {key: Value(text, text, "default") for key, text in follow.items() if values[key].origin == "default"}
 
 
 def find_project_file(cwd: Path) -> Path | None:
@@ -291,7 +329,7 @@ def settings_table() -> str:
 BUILD_LIMITS = ("time_limit", "reserve", "stall_timeout")
 """The settings that are options of the commands that follow a build."""
 
-COMMAND_LINE = ("name", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror")
+COMMAND_LINE = ("name", "arch", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror")
 """The settings that are options of `up`, `build` and `base`."""
 
 
@@ -301,6 +339,8 @@ def show(value: Value, key: str) -> str:
         return "on" if value.value else "off"
     if value.value is None:
         return "off"
+    if isinstance(value.value, Arch):
+        return arch_name(value.value)
     if isinstance(value.value, float):
         return f"{value.value:g}s"
     return format_size(value.value) if key in ("memory", "disk") else str(value.value)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vmbuild import process, record
+from vmbuild import process, record, settle
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError, UsageError
 from vmbuild.guest import clock, ready, seed, ssh
@@ -23,7 +23,18 @@ from vmbuild.machine import control, lifetime, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import GIB, MIB, Endpoint, GuestImage, Home, MachineRequest, MachineSpec, MachineStatus, format_size
+from vmbuild.model import (
+    GIB,
+    MIB,
+    Endpoint,
+    GuestImage,
+    Home,
+    MachineRequest,
+    MachineSpec,
+    MachineStatus,
+    arch_name,
+    format_size,
+)
 from vmbuild.report import Reporter
 
 WAKE_S = 20.0
@@ -51,6 +62,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
 
 def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
     """Start the machine and wait for its guest; None when it runs already."""
+    request = settle.settle(request, files)
     if "disk" in request.demanded:
         lifetime.check_disk(files, request.disk_bytes)
     if _is_running(request, files, report):
@@ -75,7 +87,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
     if kept is not None:  # the same machine boots: it was the snapshot's fault
         snapshot.remove(kept)
     if shape.key is not None:
-        _start_making(shape.key, request, home)
+        _start_making(shape, shape.key, request, home)
     return session
 
 
@@ -201,14 +213,15 @@ def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Rep
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
     spec = catalog.load_image(kept.facts.image)
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)
-    return found or fetch_image(replace(request, image=spec.name), home, report)
+    return found or fetch_image(replace(request, image=spec.name, arch=None), home, report)
 
 
-def _start_making(key: str, request: MachineRequest, home: Home) -> None:
+def _start_making(shape: Shape, key: str, request: MachineRequest, home: Home) -> None:
     """Have the snapshot made that the next start of such a machine wants, in the background and out of the way."""
     if os.environ.get("CI"):  # a job has no next start, and no CPU time to spare
         return
     settings = {
+        "ARCH": arch_name(shape.spec.image.arch),
         "CPUS": str(request.cpus),
         "MEMORY": f"{request.memory_mib}M",
         "IMAGE": request.image,
@@ -235,7 +248,7 @@ def _has_room(request: MachineRequest, home: Home) -> bool:
 def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image from the cache, assembling it first where it is not there."""
     mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
-    return store.ensure(catalog.load_image(request.image), mirrors, home.cache, report)
+    return store.ensure(settle.choose_image(request), mirrors, home.cache, report)
 
 
 def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmbuild import process
+from vmbuild import process, settle
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestImageError, HostError, UsageError
 from vmbuild.image import catalog, store
@@ -52,7 +52,8 @@ def make_snapshot(
     """
     if in_background:
         process.give_way(os.getpid())
-    shape = shape_of("snapshot", replace(request, snapshots=True), home, report)
+    request = settle.fit(replace(request, snapshots=True), settle.choose_image(request).arch)
+    shape = shape_of("snapshot", request, home, report)
     if shape.key is None:
         raise UsageError("snapshots serve machines that QEMU emulates; this host runs them on its own CPU")
     with hold(snapshot.lock_file(home.cache, shape.key), report, "makes this snapshot"):

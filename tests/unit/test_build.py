@@ -16,7 +16,7 @@ from tests.unit.building import IMAGE, Guest
 from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import build, operate, process, record, start
+from vmbuild import build, operate, process, record, settle, start
 from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, OutOfMemoryError, UsageError
@@ -318,6 +318,16 @@ def test_there_is_no_more_where_none_can_be_had(
         host.build(asked, home)
     assert host.done == expected
     assert "killed cc1" in caught.value.details
+
+
+def test_a_machine_grows_no_further_than_its_architecture_allows(
+    home: Home, host: Host, asked: BuildRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "limit_memory", lambda memory_mib, _: min(memory_mib, 1500))
+    host.codes = [1, 1]
+    with pytest.raises(OutOfMemoryError):
+        host.build(asked, home)
+    assert host.done == ["build with 1024", "down box", "build with 1500"]
 
 
 def test_a_host_that_does_not_say_what_it_has_is_tried(home: Home, host: Host, asked: BuildRequest) -> None:

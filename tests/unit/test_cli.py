@@ -154,7 +154,7 @@ def test_nothing_but_the_archive_goes_to_standard_output(built: Record, capsys: 
 
 @pytest.mark.parametrize(
     "argv",
-    [["--platform", "linux/riscv64", "."], ["-f", "-", "-"], ["--progress", "loud", "."], ["--json", "-o", "-", "."]],
+    [["-f", "-", "-"], ["--progress", "loud", "."], ["--json", "-o", "-", "."]],
     ids=str,
 )
 def test_a_build_that_cannot_be_is_refused_early(built: Record, argv: list[str]) -> None:
@@ -264,7 +264,7 @@ def test_a_machine_whose_facts_are_lost_is_listed(
 ) -> None:
     monkeypatch.setattr(operate, "list_machines", lambda _: [MachineStatus("m", "broken")])
     assert run(["list"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["m", "broken", "-", "-", "-", "-"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["m", "broken", "-", "-", "-", "-", "-"]
 
 
 def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:

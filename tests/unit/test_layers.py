@@ -103,15 +103,16 @@ ALLOWED: dict[str, set[str]] = {
     "guest.channel": GROUND | {"guest.session"},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
+    "settle": GROUND | {"image.catalog"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
     "start": GROUND
-    | {"process", "image.catalog", "image.store"}
+    | {"process", "settle", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
     | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
+    | {"start", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom")},
     "operate": GROUND
@@ -125,7 +126,7 @@ ALLOWED: dict[str, set[str]] = {
     "watch": GROUND
     | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "process", "image.catalog", "image.store"}
+    | {"start", "process", "settle", "image.catalog", "image.store"}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,

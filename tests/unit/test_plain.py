@@ -30,6 +30,20 @@ VALUE = Outer("ü \udcff", None, ("a", "b"), 12.5, Inner(7, True))
 DATA: dict[str, Any] = json.loads(json.dumps(asdict(VALUE)))
 
 
+@dataclass(frozen=True)
+class Younger:
+    name: str
+    arch: str = "arm64"
+
+
+def test_what_an_older_vmbuild_did_not_know_has_its_default() -> None:
+    assert read_plain(Younger, {"name": "a"}) == Younger("a", "arm64")
+    assert read_plain(Younger, {"name": "a", "arch": "armhf"}) == Younger("a", "armhf")
+    for wrong in ({"arch": "armhf"}, {"name": "a", "arch": None}, {"name": "a", "other": 1}):
+        with pytest.raises((TypeError, ValueError)):
+            read_plain(Younger, wrong)
+
+
 def test_what_was_written_is_read() -> None:
     assert read_plain(Outer, DATA) == VALUE
     assert read_plain(Outer, {**DATA, "maybe": "x", "tags": [], "at": 3}) == Outer(

@@ -197,7 +197,7 @@ ALL = ["no-qemu=qemu-system-arm", "no-img=qemu-utils", "no-sqfstar=squashfs-tool
 @pytest.mark.parametrize(
     ("manager", "installs"),
     [
-        ("dnf", "dnf install -y qemu-system-aarch64-core qemu-img squashfs-tools kmod"),
+        ("dnf", "dnf install -y qemu-system-aarch64-core qemu-system-arm-core qemu-img squashfs-tools kmod"),
         ("brew", "brew install qemu qemu squashfs"),
     ],
 )
@@ -208,11 +208,25 @@ def test_other_package_managers_have_other_names(host: Host, manager: str, insta
     assert host.log[-1] == installs
 
 
-def test_what_a_package_manager_does_not_have_is_passed_over(host: Host) -> None:
+@pytest.mark.parametrize(
+    ("manager", "wanted"),
+    [
+        ("brew", "no-depmod=kmod"),
+        ("brew", "no-cc=gcc-arm-linux-gnueabihf libc6-dev-armhf-cross"),
+        ("dnf", "no-cc=gcc-arm-linux-gnueabihf libc6-dev-armhf-cross"),
+    ],
+)
+def test_what_a_package_manager_does_not_have_is_passed_over(host: Host, manager: str, wanted: str) -> None:
     (host.folder / "bin/apt-get").unlink()
-    host.has("brew")
-    assert host.install("no-depmod=kmod").returncode == 0
+    host.has(manager)
+    assert host.install(wanted).returncode == 0
     assert host.log == []
+
+
+def test_a_program_can_want_several_packages(host: Host) -> None:
+    host.has("apt-get")
+    assert host.install("no-cc=gcc-arm-linux-gnueabihf libc6-dev-armhf-cross").returncode == 0
+    assert host.log[-1].endswith(" gcc-arm-linux-gnueabihf libc6-dev-armhf-cross")
 
 
 def test_without_a_known_package_manager_all_are_named(host: Host) -> None:

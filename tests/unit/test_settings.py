@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmbuild.errors import UsageError
-from vmbuild.model import GIB
+from vmbuild.model import GIB, Arch
 from vmbuild.settings import BY_KEY, SETTINGS, Settings, resolve, settings_table, show
 
 
@@ -31,6 +31,31 @@ def test_the_nearest_place_wins(tmp_path: Path) -> None:
     }
     assert found["image"] == "debian-13-arm64"
     assert found.values["image"].origin == "default"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "image", "arch"),
+    [
+        ({}, "default", "debian-13-arm64", None),
+        ({"arch": "arm64"}, "default", "debian-13-arm64", Arch.ARM64),
+        ({"arch": "arm"}, "arm", "debian-13-armhf", Arch.ARMHF),
+        ({"arch": "arm", "name": "mine"}, "mine", "debian-13-armhf", Arch.ARMHF),
+        ({"arch": "arm", "image": "other"}, "arm", "other", Arch.ARMHF),
+        ({"image": "debian-13-armhf"}, "default", "debian-13-armhf", None),
+    ],
+)
+def test_the_architecture_chooses_what_else_nobody_chose(
+    tmp_path: Path, flags: dict[str, str], name: str, image: str, arch: Arch | None
+) -> None:
+    found = resolved(tmp_path, **flags)
+    request = found.as_request()
+    assert (request.name, request.image, request.arch) == (name, image, arch)
+    assert request.given == flags.keys()
+
+
+def test_an_architecture_is_shown_as_it_is_written(tmp_path: Path) -> None:
+    assert show(resolved(tmp_path, arch="arm").values["arch"], "arch") == "arm"
+    assert resolve({}, {"VMBUILD_ARCH": "arm"}, tmp_path, tmp_path / "none.toml")["name"] == "arm"
 
 
 def test_a_request_names_what_was_chosen(tmp_path: Path) -> None:
@@ -62,6 +87,7 @@ def test_the_defaults_fit_the_host(tmp_path: Path) -> None:
         *(("disk", text) for text in ("10M", "-1G")),
         *(("timeout", text) for text in ("0", "-5s", "soon", "inf", "nan")),
         *(("mirror", text) for text in ("ftp://x", "debian")),
+        *(("arch", text) for text in ("armhf", "x86", "", "ARM")),
         *(("snapshots", text) for text in ("maybe", "2", "")),
     ],
 )

@@ -22,7 +22,7 @@ from vmbuild.guest import ready
 from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.snapshot import Snapshot
-from vmbuild.model import Home, MachineRequest
+from vmbuild.model import Arch, Home, MachineRequest
 from vmbuild.report import SilentReporter
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
@@ -85,8 +85,26 @@ def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[
     (maker,) = makers
     assert maker["argv"][-3:] == ["images", "snapshot", "--in-background"]
     assert (maker["VMBUILD_CPUS"], maker["VMBUILD_MEMORY"], maker["VMBUILD_TIMEOUT"]) == ("2", "2048M", "300.0s")
+    assert (maker["VMBUILD_ARCH"], maker["VMBUILD_IMAGE"]) == ("arm64", "debian-13-arm64")
     assert up(home) == []  # it runs
     assert len(makers) == 1
+
+
+def test_a_machine_of_another_architecture_is_no_surprise_but_a_choice_is(
+    home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once a 32-bit one, it is found as such by who asks for none, and refused to who asks for another."""
+    monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path, arch=Arch.ARMHF).image)
+    arm = replace(REQUEST, arch=Arch.ARMHF, image="debian-13-armhf", given=frozenset({"arch"}))
+    assert up(home, arm) == ["Starting the machine box"]
+    assert operate.status("box", home).arch == "arm"
+    assert (makers[0]["VMBUILD_ARCH"], makers[0]["VMBUILD_IMAGE"]) == ("arm", "debian-13-armhf")
+    assert up(home) == []
+    with pytest.raises(UsageError, match="the machine box is running with the architecture arm, not arm64"):
+        up(home, replace(REQUEST, arch=Arch.ARM64, given=frozenset({"arch"})))
+    operate.down("box", home, SilentReporter())
+    assert up(home)[-1] == "Starting the machine box"
+    assert makers[-1]["VMBUILD_IMAGE"] == "debian-13-armhf"
 
 
 def test_a_snapshot_that_cannot_be_made_costs_nobody_a_machine(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from vmbuild.image import store
 from vmbuild.machine import lifetime, migration, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import Home, MachineRequest
+from vmbuild.model import BaseResult, Home, MachineRequest
 from vmbuild.report import SilentReporter
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64", timeout_s=20.0)
@@ -342,8 +342,8 @@ def test_a_base_image_is_made_in_one_that_goes_on(
 ) -> None:
     monkeypatch.setattr(build.docker, "image_for", lambda *_: "sha256:there")  # type: ignore[attr-defined]
     report = Listener()
-    made = build.base(REQUEST, "debian:trixie-slim", home, report, platform="linux/arm64", force=False)
-    assert made == "sha256:there"
+    made = build.base(REQUEST, "debian:trixie-slim", home, report, platform=None, force=False)
+    assert made == BaseResult("debian:trixie-slim", "linux/arm64", "sha256:there")
     assert report.steps == ["Going on with the suspended machine box"]
 
 

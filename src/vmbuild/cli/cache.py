@@ -51,7 +51,7 @@ def _show_snapshots(found: list[Snapshot], as_json: bool) -> None:
 
 
 @images.command("snapshot")
-@machine_options("cpus", "memory", "image", "timeout", "mirror", "security_mirror")
+@machine_options("arch", "cpus", "memory", "image", "timeout", "mirror", "security_mirror")
 @click.option("--in-background", is_flag=True, hidden=True)
 @as_json
 def images_snapshot(as_json: bool, in_background: bool, **flags: Any) -> None:
@@ -67,7 +67,7 @@ def images_snapshot(as_json: bool, in_background: bool, **flags: Any) -> None:
 
 
 @images.command("fetch")
-@machine_options("image", "mirror", "security_mirror")
+@machine_options("arch", "image", "mirror", "security_mirror")
 @as_json
 def images_fetch(as_json: bool, **flags: Any) -> None:
     """Have a guest image in the cache, starting no machine: for a CI cache, or before a journey."""

@@ -107,9 +107,9 @@ def list_command(as_json: bool) -> None:
     if as_json:
         ui.print_json(machines)
         return
-    columns = ("name", "state", "cpus", "memory", "ssh", "image")
+    columns = ("name", "state", "arch", "cpus", "memory", "ssh", "image")
     rows = [
-        (m.name, m.state, m.cpus, f"{m.memory_mib} MiB" if m.memory_mib else None, m.ssh_port, m.image)
+        (m.name, m.state, m.arch, m.cpus, f"{m.memory_mib} MiB" if m.memory_mib else None, m.ssh_port, m.image)
         for m in machines
     ]
     ui.print_table(columns, rows)

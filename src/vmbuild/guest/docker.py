@@ -185,7 +185,7 @@ def _disk_full(details: str) -> GuestError:
 
 def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
     """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
-    argv = [BUILDX, "build", "--platform", asked.platform, "--progress", asked.progress]
+    argv = [BUILDX, "build", *(("--platform", asked.platform) if asked.platform else ()), "--progress", asked.progress]
     argv += ["--metadata-file", work.metadata, "--provenance", "false"]
     argv += ["--output", "type=image,compression=uncompressed"]  # gzip in emulated Go makes 2 MB/s
     for flag, values in (("--tag", asked.tags), ("--build-arg", asked.build_args), ("--label", asked.labels)):
@@ -289,11 +289,12 @@ def import_image(session: Session, work: Workspace, feed: Feed, reference: str, 
 def image_for(session: Session, reference: str, platform: str) -> str | None:
     """Return the id of the guest's container image by this name, None when it has none for this platform."""
     out = bytearray()
-    argv = ["docker", "image", "inspect", "--format", "{{.Os}}/{{.Architecture}} {{.Id}}", reference]
+    platform_and_id = "{{.Os}}/{{.Architecture}}{{with .Variant}}/{{.}}{{end}} {{.Id}}"
+    argv = ["docker", "image", "inspect", "--format", platform_and_id, reference]
     if session.run(argv, on_stdout=out.extend) != 0:
         return None
     found, _, identity = out.decode().strip().partition(" ")
-    return identity if found == platform else None
+    return identity if f"{found}/".startswith(f"{platform}/") else None  # linux/arm64/v8 is linux/arm64
 
 
 def configure_tree(session: Session, work: Workspace, meter: Meter) -> None:

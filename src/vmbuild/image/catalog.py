@@ -114,6 +114,7 @@ def _read_appliance(file: Path, row: _Table, boot: _Table) -> ApplianceSpec:
         without=row.texts("without", default=()),
         exclude=row.texts("exclude", default=()),
         kernel=boot.text("kernel"),
+        kernel_repositories=_repositories(boot) if boot.has("repositories") else (),
         modules=boot.texts("modules"),
         kernel_args=boot.texts("kernel_args"),
     )
@@ -177,6 +178,7 @@ def _repositories(row: _Table) -> tuple[Repository, ...]:
             public_url=table.text("public_url"),
             components=table.texts("components", default=("main",)),
             optional=table.flag("optional"),
+            alias=table.optional_text("alias"),
         )
         table.end()
         found.append(repository)
@@ -217,6 +219,12 @@ class _Table:
         if not value:
             raise self.wrong(key, "must not be empty")
         return value
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def optional_text(self, key: str) -> str | None:
+        return self.text(key) if self.has(key) else None
 
     def choice(self, key: str, allowed: Iterable[str]) -> str:
         value, allowed = self.text(key), list(allowed)

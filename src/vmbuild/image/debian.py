@@ -42,6 +42,14 @@ class BadSignature(GuestImageError):
     """A repository is not signed, or not by a key of the catalogue."""
 
 
+class _OutOfStep(Exception):
+    """Release file and index of a suite do not fit each other; `problem` is what to say when they never do."""
+
+    def __init__(self, problem: GuestImageError) -> None:
+        super().__init__(problem.brief)
+        self.problem = problem
+
+
 class ExpiredRelease(GuestImageError):
     """A repository's `Valid-Until` has passed: a mirror that is no longer updated, or a clock that is wrong."""
 
@@ -104,18 +112,45 @@ def open_index(
 def _open_at(
     url: str, repository: Repository, arch: str, keyrings: Sequence[Path], cache: Path, report: Reporter
 ) -> PackageIndex:
-    suite_url = f"{url}/dists/{repository.suite}"
-    for pause in (*RETRY_PAUSES_S, None):
+    def open_as(name: str) -> PackageIndex:
+        suite_url = f"{url}/dists/{name}"
         release = _read_release(suite_url, repository.suite, keyrings)
         try:
             paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
-            return PackageIndex(_decompress(paths), url, repository)
         except (WrongDigest, NotFound) as error:
-            if pause is None:
-                raise _out_of_step(error, suite_url) from error
+            raise _OutOfStep(_out_of_step(error, suite_url)) from error
+        return PackageIndex(_decompress(paths), url, repository)
+
+    for pause in RETRY_PAUSES_S:
+        try:
+            return open_as(repository.suite)
+        except _OutOfStep:
             report.step(f"{repository.suite} is being updated on the mirror, trying again in {pause:.0f} s")
             time.sleep(pause)
-    raise AssertionError("the last pause is None")
+    try:
+        return open_as(repository.suite)
+    except _OutOfStep as error:
+        return _open_alias(open_as, repository, error.problem, report)
+
+
+def _open_alias(
+    open_as: Callable[[str], PackageIndex], repository: Repository, problem: GuestImageError, report: Reporter
+) -> PackageIndex:
+    """Open a suite by its other name; raise the problem with the first one when that does not do either.
+
+    A mirror that caches by path can have Release file and index apart for days under one name. Under the other it has
+    them as of another moment, signed as well; an older moment that is past its Valid-Until stays refused.
+    """
+    if repository.alias is None:
+        raise problem
+    try:
+        found = open_as(repository.alias)
+    except ExpiredRelease:
+        raise
+    except (_OutOfStep, GuestImageError):
+        raise problem from None
+    report.warn(f"{repository.suite} is out of step on the mirror: taking its packages as of {repository.alias}")
+    return found
 
 
 def _read_release(suite_url: str, suite: str, keyrings: Sequence[Path]) -> Release:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, debian, fetch, packages
 from vmbuild.lock import hold
-from vmbuild.model import ApplianceSpec, DiskBoot, Freed, GuestImage, ImageSpec, KernelBoot
+from vmbuild.model import ApplianceSpec, DiskBoot, Freed, GuestImage, ImageSpec, KernelBoot, Repository
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
 
@@ -188,8 +188,15 @@ def fetch_packages(
 ) -> tuple[packages.Package, ...]:
     """Resolve a row's packages and bring them all into the cache, verified."""
     report.step(f"Reading the package lists for {spec.name}")
-    indexes = debian.open_indexes(spec.repositories, spec.arch, mirrors, spec.keyrings, cache / "indexes", report)
-    closure = packages.resolve_closure(indexes, [*spec.packages, spec.kernel], without=spec.without)
+
+    def resolve(repositories: Sequence[Repository], wanted: Sequence[str]) -> tuple[packages.Package, ...]:
+        indexes = debian.open_indexes(repositories, spec.arch, mirrors, spec.keyrings, cache / "indexes", report)
+        return packages.resolve_closure(indexes, wanted, without=spec.without)
+
+    if spec.kernel_repositories:
+        closure = resolve(spec.repositories, spec.packages) + resolve(spec.kernel_repositories, [spec.kernel])
+    else:
+        closure = resolve(spec.repositories, [*spec.packages, spec.kernel])
     report.step(f"Downloading {len(closure)} packages")
     fetch.fetch_all(packages.package_downloads(closure, cache / "packages"), report, label="download")
     return closure

@@ -15,18 +15,23 @@ MAX_TB_MIB = 512
 
 @dataclass(frozen=True)
 class Row:
-    """What is particular to an architecture."""
+    """What is particular to an architecture. A limit that is None is QEMU's to find."""
 
     machine_options: str
     kvm_options: str
+    max_cpus: int
+    max_memory_mib: int | None
 
 
 ROWS = {
     # GICv2 allows 8 CPUs, GICv3 512.
     # KVM has the host's only: a Raspberry Pi 4 has GICv2.
-    Arch.ARM64: Row("gic-version=3", kvm_options="gic-version=host"),
-    # Above 3 GiB an armv7 guest needs the high memory region, and a kernel with LPAE.
-    Arch.ARMHF: Row("highmem=on", kvm_options="highmem=on"),
+    Arch.ARM64: Row("gic-version=3", kvm_options="gic-version=host", max_cpus=512, max_memory_mib=None),
+    # Above 3 GiB an armv7 guest needs the high memory region, and a kernel with LPAE. Debian's has 768 MiB to itself
+    # (VMSPLIT_3G), of which each GiB that there is takes 8 for its page table: 16 GiB leave it most of that.
+    Arch.ARMHF: Row(
+        "gic-version=2,highmem=on", kvm_options="gic-version=host,highmem=on", max_cpus=8, max_memory_mib=16384
+    ),
 }
 
 

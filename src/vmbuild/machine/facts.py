@@ -12,14 +12,14 @@ from typing import Any
 from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.model import MachineSpec
+from vmbuild.model import Arch, MachineSpec
 from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole
 
 HARDWARE = 1
 """Raised when what the guest expects of a machine changes in another way than by QEMU's argv."""
 
-OLDER = {"machine_type": "", "accel": "", "hardware": ""}
+OLDER = {"arch": str(Arch.ARM64), "machine_type": "", "accel": "", "hardware": ""}
 """What an older vmbuild did not note."""
 
 
@@ -41,6 +41,7 @@ class Facts:
     machine_type: str
     accel: str
     hardware: str
+    arch: str = str(Arch.ARM64)
 
 
 def describe(spec: MachineSpec, qemu: Qemu, disk_bytes: int) -> Facts:
@@ -56,6 +57,7 @@ def describe(spec: MachineSpec, qemu: Qemu, disk_bytes: int) -> Facts:
         machine_type=qemu.newest(spec.image.machine_type),
         accel=qemu.accel,
         hardware=hardware(spec, qemu),
+        arch=str(spec.image.arch),
     )
 
 

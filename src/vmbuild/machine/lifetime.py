@@ -21,7 +21,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.qmp import Qmp
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import GIB, MIB, MachineSpec, MachineStatus, format_size
+from vmbuild.model import GIB, MIB, MachineSpec, MachineStatus, arch_name, format_size
 from vmbuild.report import Reporter
 from vmbuild.whole import writing_in
 
@@ -227,6 +227,7 @@ def status(files: MachineFiles) -> MachineStatus:
     return MachineStatus(
         name=files.name,
         state=answer.state,
+        arch=arch_name(facts.arch) if facts else None,
         pid=pid,
         ssh_port=answer.ssh_port,
         cpus=facts.cpus if facts else None,

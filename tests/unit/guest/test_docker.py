@@ -99,6 +99,7 @@ def test_argv_has_every_option() -> None:
         build_args=("K=V",),
         labels=("l=1",),
         target="one",
+        platform="linux/arm64",
         no_cache=True,
         pull=True,
         progress="rawjson",
@@ -432,12 +433,20 @@ def test_a_file_is_written_under_any_name(tmp_path: Path) -> None:
     ("reply", "found"),
     [
         (Reply(stdout=b"linux/arm64 sha256:abc\n"), "sha256:abc"),
+        (Reply(stdout=b"linux/arm64/v8 sha256:abc\n"), "sha256:abc"),
+        (Reply(stdout=b"linux/arm/v7 sha256:abc\n"), None),
         (Reply(stdout=b"linux/amd64 sha256:abc\n"), None),
         (Reply(1, stderr=b"No such image"), None),
     ],
 )
 def test_a_container_image_counts_for_its_platform_only(reply: Reply, found: str | None) -> None:
     assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm64") == found
+
+
+@pytest.mark.parametrize(("variant", "found"), [(b"/v7", "sha256:abc"), (b"/v6", None), (b"", None)])
+def test_a_container_image_of_32_bits_counts_for_its_variant_only(variant: bytes, found: str | None) -> None:
+    reply = Reply(stdout=b"linux/arm" + variant + b" sha256:abc\n")
+    assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm/v7") == found
 
 
 def test_an_import_goes_by_way_of_a_file() -> None:

@@ -93,6 +93,7 @@ def parts(tmp_path: Path) -> Parts:
         without=(),
         exclude=("./usr/share/doc",),
         kernel="linux-image-test",
+        kernel_repositories=(),
         modules=("blk", "squashfs"),
         guest_files=guest,
         machine_type="virt",

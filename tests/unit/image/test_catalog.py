@@ -8,7 +8,7 @@ import pytest
 
 from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.image.catalog import find_catalog, list_bases, list_images, load_base, load_image
-from vmbuild.model import ApplianceSpec, Arch
+from vmbuild.model import ARCH_DEFAULTS, ApplianceSpec, Arch
 
 SHIPPED = (find_catalog() / "debian-13-arm64.toml").read_text()
 
@@ -27,6 +27,32 @@ def test_the_default_image_loads() -> None:
     assert [repository.optional for repository in spec.repositories] == [False, True, True]
     assert all(keyring.is_file() for keyring in spec.keyrings)
     assert spec.guest_files.is_dir()
+
+
+def test_the_image_of_32_bit_machines_loads() -> None:
+    spec = load_image("debian-13-armhf")
+    assert isinstance(spec, ApplianceSpec)
+    assert (spec.arch, spec.cpu_model, spec.kernel) == (Arch.ARMHF, "cortex-a15", "linux-image-armmp-lpae")
+    assert {repository.suite: repository.alias for repository in spec.repositories} == {
+        "trixie": "stable",
+        "trixie-updates": "stable-updates",
+        "trixie-security": "stable-security",
+    }
+    assert [repository.suite for repository in spec.kernel_repositories] == ["bookworm", "bookworm-security"]
+
+
+def test_every_shipped_architecture_has_its_default_image() -> None:
+    assert {arch: load_image(defaults.image).arch for arch, defaults in ARCH_DEFAULTS.items()} == {
+        arch: arch for arch in Arch
+    }
+
+
+def test_a_kernel_comes_from_the_repositories_unless_it_has_its_own(tmp_path: Path) -> None:
+    spec = load_image("debian-13-arm64")
+    assert isinstance(spec, ApplianceSpec) and spec.kernel_repositories == ()
+    with pytest.raises(GuestImageError, match=r"boot\.repositories is \[\]|boot\.repositories is empty"):
+        text = SHIPPED.replace("[boot]\n", "[boot]\nrepositories = []\n")
+        load_image("debian-13-arm64", [write_image(tmp_path / "own", text)])
 
 
 def test_every_shipped_row_is_sound() -> None:

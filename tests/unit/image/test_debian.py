@@ -259,6 +259,66 @@ def test_an_index_with_a_wrong_digest_is_refused_even_where_it_is_optional(suite
     assert not list(suite.cache.glob("*.xz"))
 
 
+def publish_out_of_step(suite: Suite) -> None:
+    """Publish a suite whose Release file is newer than its index, and the older one whole by its alias."""
+    suite.publish()
+    for name in ("InRelease", "main/binary-arm64/Packages.xz"):
+        suite.site.files[f"/debian/dists/stable/{name}"] = suite.site.files[f"{suite.folder}/{name}"]
+    suite.packages, old = stanza("hello", "2").encode(), suite.site.files[suite.index_path]
+    suite.publish()
+    suite.site.files[suite.index_path] = old
+
+
+def test_a_suite_that_stays_out_of_step_is_opened_by_its_alias_and_that_is_said(suite: Suite) -> None:
+    publish_out_of_step(suite)
+    with pytest.raises(WrongDigest, match="out of step"):
+        suite.open()
+    assert suite.site.asked("/debian/dists/stable/InRelease") == []
+    suite.repository = replace(TRIXIE, alias="stable")
+    found = suite.open().find("hello")
+    assert found is not None and found.version == "1"
+    assert suite.listener.warnings == ["trixie is out of step on the mirror: taking its packages as of stable"]
+
+
+def test_an_alias_is_not_asked_for_while_the_suite_will_do(suite: Suite) -> None:
+    suite.repository = replace(TRIXIE, alias="stable")
+    suite.publish()
+    assert suite.open().find("hello")
+    assert suite.site.asked("/debian/dists/stable/InRelease") == []
+
+
+@pytest.mark.parametrize("fault", ["missing", "forged", "other suite", "out of step"])
+def test_an_alias_that_does_not_do_either_leaves_the_first_problem(suite: Suite, fault: str) -> None:
+    publish_out_of_step(suite)
+    suite.repository = replace(TRIXIE, alias="stable", optional=True)
+    alias = "/debian/dists/stable/InRelease"
+    release = suite.release()
+    suite.site.files |= {
+        "missing": {},
+        "forged": {alias: suite.keys.sign(release, "stranger")},
+        "other suite": {
+            alias: suite.keys.sign(release.replace("trixie", "forky").replace("stable", "testing"), "archive")
+        },
+        "out of step": {alias: suite.keys.sign(release, "archive")},
+    }[fault]
+    if fault == "missing":
+        del suite.site.files[alias]
+    with pytest.raises(WrongDigest, match="dists/trixie are out of step"):
+        suite.open_all()
+
+
+def test_an_alias_that_has_expired_is_refused(suite: Suite) -> None:
+    suite.fields["Valid-Until"] = format_datetime(datetime.now(UTC) - timedelta(days=1))
+    publish_out_of_step(suite)
+    del suite.fields["Valid-Until"]
+    suite.site.files[f"{suite.folder}/InRelease"] = suite.keys.sign(suite.release(), "archive")
+    suite.repository = replace(TRIXIE, alias="stable")
+    with pytest.raises(ExpiredRelease):
+        suite.open_all()
+    suite.repository = replace(TRIXIE, alias="stable", optional=True)
+    assert suite.open_all() == []
+
+
 def test_a_mirror_in_the_middle_of_an_update_is_read_again(suite: Suite) -> None:
     suite.publish()
     release = f"{suite.folder}/InRelease"

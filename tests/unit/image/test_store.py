@@ -16,10 +16,10 @@ import pytest
 
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError
-from vmbuild.image import appliance, store
+from vmbuild.image import appliance, debian, fetch, packages, store
 from vmbuild.image.packages import Package
 from vmbuild.image.store import Check, ensure, find, recipe_digest, verify
-from vmbuild.model import ApplianceSpec, Arch, GuestImage, KernelBoot
+from vmbuild.model import ApplianceSpec, Arch, GuestImage, KernelBoot, Repository
 from vmbuild.report import Reporter, SilentReporter
 
 CONTENT = {"kernel": b"the kernel", "initrd": b"the initrd", "root.squashfs": b"the root file system"}
@@ -78,12 +78,46 @@ def spec(tmp_path: Path) -> ApplianceSpec:
         without=(),
         exclude=(),
         kernel="linux-image-test",
+        kernel_repositories=(),
         modules=("ext4",),
         guest_files=guest,
         machine_type="virt",
         cpu_model="cortex-a76",
         kernel_args=("quiet",),
     )
+
+
+DEBIAN = Repository("trixie", "debian", "http://ftp.debian.org/debian")
+OLDER = Repository("bookworm", "debian", "http://ftp.debian.org/debian")
+
+
+@pytest.mark.parametrize(
+    ("kernel_from", "asked"),
+    [
+        ((), [("trixie", ["tool", "linux-image-test"])]),
+        ((OLDER,), [("trixie", ["tool"]), ("bookworm", ["linux-image-test"])]),
+    ],
+)
+def test_the_kernel_is_from_where_the_row_says(
+    spec: ApplianceSpec,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_from: tuple[Repository, ...],
+    asked: list[tuple[str, list[str]]],
+) -> None:
+    found: list[tuple[str, list[str]]] = []
+
+    def resolve(suites: list[str], wanted: Sequence[str], without: Sequence[str]) -> tuple[Package, ...]:
+        assert tuple(without) == ("adduser",)
+        found.append((" ".join(suites), list(wanted)))
+        return (PACKAGE,)
+
+    monkeypatch.setattr(debian, "open_indexes", lambda repositories, *_: [each.suite for each in repositories])
+    monkeypatch.setattr(packages, "resolve_closure", resolve)
+    monkeypatch.setattr(fetch, "fetch_all", lambda *_, **__: None)
+    row = replace(spec, without=("adduser",), repositories=(DEBIAN,), kernel_repositories=kernel_from)
+    assert store.fetch_packages(row, {}, cache, SilentReporter()) == (PACKAGE,) * len(asked)
+    assert found == asked
 
 
 @pytest.fixture

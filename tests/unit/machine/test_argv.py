@@ -98,7 +98,7 @@ def test_hvf_takes_the_hosts_cpu() -> None:
 
 def test_armhf_has_a_row_of_its_own() -> None:
     argv = argv_of(make_spec(IMAGE, arch=Arch.ARMHF), make_qemu())
-    assert after(argv, "-machine") == ["virt-10.0,highmem=on"]
+    assert after(argv, "-machine") == ["virt-10.0,gic-version=2,highmem=on"]
 
 
 def test_commas_in_paths_are_doubled() -> None:
