@@ -15,6 +15,7 @@ from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
 from vmbuild.machine import lifetime
+from vmbuild.machine.argv import ROWS
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe
@@ -26,8 +27,13 @@ pytestmark = pytest.mark.machine
 
 @pytest.fixture
 def qemu(tmp_path: Path) -> Qemu:
-    """The host's QEMU, started paused: `exec` keeps its process id and command line."""
-    qemu = probe(Arch.ARM64, tmp_path / "cache")
+    """The host's QEMU, started paused."""
+    return paused_qemu(Arch.ARM64, tmp_path)
+
+
+def paused_qemu(arch: Arch, tmp_path: Path) -> Qemu:
+    """Return a QEMU that starts paused: `exec` keeps its process id and command line."""
+    qemu = probe(arch, tmp_path / "cache")
     paused = tmp_path / "paused-qemu"
     paused.write_text(f'#!/bin/sh\nexec "{qemu.binary}" "$@" -S\n')
     paused.chmod(0o755)
@@ -112,3 +118,17 @@ def test_more_memory_than_there_is_is_said(spec: MachineSpec, qemu: Qemu, files:
     with pytest.raises(MachineError) as caught:
         lifetime.start(replace(spec, memory_mib=200 * 1024 * 1024), files, qemu)
     assert "--memory" in caught.value.resolution, caught.value.details
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
+def test_a_32_bit_machine_has_as_many_cpus_as_its_row_says(
+    spec: MachineSpec, files: MachineFiles, tmp_path: Path
+) -> None:
+    qemu, most = paused_qemu(Arch.ARMHF, tmp_path), ROWS[Arch.ARMHF].max_cpus
+    spec = replace(spec, cpus=most, image=replace(spec.image, arch=Arch.ARMHF, cpu_model="cortex-a15"))
+    lifetime.start(spec, files, qemu)
+    assert (lifetime.status(files).state, lifetime.status(files).cpus) == ("paused", most)
+    lifetime.stop(files, Deadline.after(5))
+    with pytest.raises(MachineError) as caught:
+        lifetime.start(replace(spec, cpus=most + 1), files, qemu)
+    assert "exceeds max CPUs" in caught.value.details
