@@ -103,6 +103,10 @@ class ApplianceSpec(ImageSpec):
     kernel_args: tuple[str, ...]
 
 
+SYSTEMS = ("apt", "apk")
+"""The package systems by which Docker can get into a disk (images/guest/disk/provision)."""
+
+
 @dataclass(frozen=True)
 class ConsoleLogin:
     """How to log in on a serial console: the prompts, as regular expressions, and what is answered."""
@@ -120,8 +124,8 @@ class DiskSpec(ImageSpec):
 
     `url` is `https:`, `http:` or `file:`. It is verified by `digest` (`sha256:...` or `sha512:...`), else by its line
     in the file at `checksums`, which the keyrings must have signed where `signature` is given: a URL of its own, or
-    the checksums' own for a signature within. `system` chooses how Docker gets into it; it is first entered by `login`
-    on the serial console, or through cloud-init when that is None.
+    the checksums' own for a signature within. `system`, one of SYSTEMS, is how Docker gets into it; it is first
+    entered by `login` on the serial console, or through cloud-init when that is None.
     """
 
     kind: ClassVar[str] = "disk"

@@ -15,7 +15,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
-IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
+IMAGE = {
+    *("tree", "rootfs", "kernel", "table", "catalog", "http", "fetch", "mirrors", "packages", "signature", "debian"),
+    *("appliance", "checksums", "disk", "cloud", "base"),
+}
 MACHINE = {
     "files",
     "probe",
@@ -63,16 +66,22 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
-    "image.catalog": GROUND,
+    "image.table": GROUND,
+    "image.catalog": GROUND | {"image.table"},
     "image.http": GROUND,
     "image.fetch": GROUND | {"image.http"},
     "image.mirrors": GROUND,
     "image.packages": GROUND | {"image.fetch"},
-    "image.debian": GROUND | {"process", "image.fetch", "image.mirrors", "image.packages"},
+    "image.signature": GROUND | {"process"},
+    "image.debian": GROUND | {"image.fetch", "image.mirrors", "image.packages", "image.signature"},
+    "image.checksums": GROUND,
+    "image.disk": GROUND | {"process"},
+    "image.cloud": GROUND | {"image.checksums", "image.disk", "image.fetch", "image.signature"},
     "image.rootfs": GROUND | {"image.tree", "image.packages"},
     "image.kernel": GROUND | {"image.tree"},
     "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
-    "image.base": GROUND | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel"}},
+    "image.base": GROUND
+    | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel", "cloud", "disk", "checksums"}},
     "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
     "machine.files": GROUND,
     "machine.probe": GROUND | {"process"},

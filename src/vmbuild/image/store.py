@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild.errors import GuestImageError, HostError
-from vmbuild.image import appliance, debian, fetch, packages
+from vmbuild.image import appliance, cloud, debian, fetch, packages
 from vmbuild.lock import hold
-from vmbuild.model import ApplianceSpec, DiskBoot, Freed, GuestImage, ImageSpec, KernelBoot
+from vmbuild.model import ApplianceSpec, DiskBoot, DiskSpec, Freed, GuestImage, ImageSpec, KernelBoot
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
 
@@ -35,11 +35,14 @@ class Check:
 def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
     """Return a guest image, assembling it first when the cache has none of this recipe.
 
-    Safe when two ask at once. Raises GuestImageError or HostError; the cache then holds nothing half-written.
+    Of a disk, until one is published that has been made ready for machines, it is the disk as it was fetched. Safe when
+    two ask at once. Raises GuestImageError or HostError; the cache then holds nothing half-written.
     """
     found = find(spec, cache)
     if found is not None:
         return found
+    if isinstance(spec, DiskSpec):
+        return _as_fetched(spec, cloud.ensure(spec, cache, report))
     with hold(cache / "images" / f"{spec.name}.lock", report, f"assembles {spec.name}"):
         return find(spec, cache) or _make(spec, mirrors, cache, report)
 
@@ -173,9 +176,13 @@ def _damaged(spec: ImageSpec, folder: Path, what: str) -> GuestImageError:
     )
 
 
+def _as_fetched(spec: DiskSpec, found: cloud.Fetched) -> GuestImage:
+    boot = DiskBoot(found.path)
+    return GuestImage(spec.name, found.sha256, spec.arch, spec.machine_type, spec.cpu_model, boot, found.size_bytes)
+
+
 def _make(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
-    if not isinstance(spec, ApplianceSpec):
-        raise GuestImageError(f"a guest image of kind {spec.kind} cannot be made yet")
+    assert isinstance(spec, ApplianceSpec)  # noqa: S101 - the only kind that is assembled
     closure = fetch_packages(spec, mirrors, cache, report)
     with workspace(cache, spec.name) as folder:
         facts: dict[str, object] = dict(appliance.assemble(spec, closure, cache / "packages", folder, report))
