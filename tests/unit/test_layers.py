@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
     *("tree", "rootfs", "kernel", "table", "catalog", "http", "fetch", "mirrors", "packages", "signature", "debian"),
-    *("appliance", "checksums", "disk", "cloud", "base"),
+    *("appliance", "checksums", "disk", "cloud", "given", "store", "prune", "base"),
 }
 MACHINE = {
     "files",
@@ -81,8 +81,13 @@ ALLOWED: dict[str, set[str]] = {
     "image.kernel": GROUND | {"image.tree"},
     "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
     "image.base": GROUND
-    | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel", "cloud", "disk", "checksums"}},
-    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
+    | {
+        f"image.{name}"
+        for name in IMAGE - {"base", "appliance", "kernel", "cloud", "disk", "checksums", "given", "store", "prune"}
+    },
+    "image.given": GROUND | {"image.catalog", "image.checksums", "image.fetch"},
+    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base", "given", "store", "prune"}},
+    "image.prune": GROUND | {"image.cloud", "image.store"},
     "machine.files": GROUND,
     "machine.probe": GROUND | {"process"},
     "machine.argv": GROUND | {"machine.files", "machine.probe"},
@@ -113,7 +118,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
     "start": GROUND
-    | {"process", "image.catalog", "image.store"}
+    | {"process", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
@@ -134,7 +139,8 @@ ALLOWED: dict[str, set[str]] = {
     "watch": GROUND
     | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "process", "image.catalog", "image.store"}
+    | {"start", "process"}
+    | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,

@@ -61,7 +61,8 @@ def ensure(spec: DiskSpec, cache: Path, report: Reporter, *, refresh: bool = Fal
     if found is not None and not refresh:
         return found
     folder = folder_of(spec, cache)
-    with hold(folder / "lock", report, f"fetches {spec.name}"), writing_in(folder), _advice(spec):
+    with hold(lock_of(folder), report, f"fetches {spec.name}"), writing_in(folder), _advice(spec):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         now = find(spec, cache)
         if now is not None and (not refresh or now != found):  # another has brought it while we waited
             return now
@@ -70,13 +71,18 @@ def ensure(spec: DiskSpec, cache: Path, report: Reporter, *, refresh: bool = Fal
 
 def find(spec: DiskSpec, cache: Path) -> Fetched | None:
     """Return the disk of a row if the cache has it; the network is not asked."""
-    return _load(folder_of(spec, cache))
+    return load(folder_of(spec, cache))
 
 
 def folder_of(spec: DiskSpec, cache: Path) -> Path:
     """Return the folder of a row's disk."""
     facts = [spec.url, spec.digest, spec.checksums, spec.signature, *(hash_file(path) for path in spec.keyrings)]
     return cache / "disks" / f"{spec.name}.{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def lock_of(folder: Path) -> Path:
+    """Return the file that who changes a disk's folder holds; it stays when the folder goes."""
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def is_whole(found: Fetched) -> bool:
@@ -86,10 +92,11 @@ def is_whole(found: Fetched) -> bool:
 
 def list_disks(cache: Path) -> list[Fetched]:
     """Return every disk in the cache."""
-    return [found for folder in sorted((cache / "disks").glob("*/")) if (found := _load(folder)) is not None]
+    return [found for folder in sorted((cache / "disks").glob("[!.]*/")) if (found := load(folder)) is not None]
 
 
-def _load(folder: Path) -> Fetched | None:
+def load(folder: Path) -> Fetched | None:
+    """Return the disk of a folder, None when there is no whole one."""
     try:
         facts = json.loads((folder / "facts.json").read_bytes())
         found = Fetched(**{**facts, "path": folder / facts["path"]})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import zstandard
 
@@ -22,6 +22,8 @@ MAX_BYTES = 2048 * GIB
 """No disk is taken that claims to be larger: a few bytes can claim exabytes."""
 
 BLOCK_BYTES = 64 * 1024
+ZSTD_BYTES = 4 * 1024
+"""So much is decompressed at once: it can become 128 MiB."""
 
 QCOW2 = b"QFI\xfb"
 FOREIGN = {
@@ -45,13 +47,30 @@ class Packing:
     """A compression: what a file begins with, and how it is read."""
 
     magic: bytes
-    open: Callable[[IO[bytes]], AbstractContextManager[Any]]
+    read: Callable[[IO[bytes]], Iterator[bytes]]
+
+
+def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: file.read(BLOCK_BYTES), b"")
+
+
+def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield what a zstd file holds. Raises EOFError when it ends too early, as the library's own reader does not."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while data := file.read(ZSTD_BYTES):
+        while data:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the file ends in the middle")
 
 
 PACKINGS = (
-    Packing(b"\xfd7zXZ\0", lzma.LZMAFile),
-    Packing(b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
-    Packing(b"\x28\xb5\x2f\xfd", lambda f: zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True)),
+    Packing(b"\xfd7zXZ\0", lambda file: _read_blocks(lzma.open(file))),  # type: ignore[arg-type]  # noqa: SIM115
+    Packing(b"\x1f\x8b", lambda file: _read_blocks(gzip.open(file))),  # noqa: SIM115
+    Packing(b"\x28\xb5\x2f\xfd", _read_zstd),
 )
 
 
@@ -67,23 +86,25 @@ def unpack(path: Path, target: Path) -> Path:
             return path
         file.seek(0)
         try:
-            with packing.open(file) as source, target.open("wb") as out:
-                _copy_sparse(source, out)
+            with target.open("wb") as out:
+                _write_sparse(packing.read(file), out)
         except (lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise GuestImageError(f"the disk {path.name} cannot be unpacked", details=str(error)) from error
     return target
 
 
-def _copy_sparse(source: IO[bytes], out: IO[bytes]) -> None:
-    zeros, size = bytes(BLOCK_BYTES), 0
-    while data := source.read(BLOCK_BYTES):
+def _write_sparse(pieces: Iterator[bytes], out: IO[bytes]) -> None:
+    size = 0
+    for data in pieces:
         size += len(data)
         if size > MAX_BYTES:
             raise GuestImageError(f"the disk is larger than {format_size(MAX_BYTES)} when it is unpacked")
-        if data == zeros[: len(data)]:
-            out.seek(len(data), 1)
-        else:
-            out.write(data)
+        for at in range(0, len(data), BLOCK_BYTES):
+            block = data[at : at + BLOCK_BYTES]
+            if block.count(0) == len(block):
+                out.seek(len(block), os.SEEK_CUR)
+            else:
+                out.write(block)
     out.truncate(size)
 
 
@@ -125,17 +146,22 @@ def _qcow2_problem(header: bytes) -> str:
 
 
 def convert(path: Path, form: str, target: Path) -> None:
-    """Write a checked disk as a qcow2 of its own. Raises GuestImageError, or HostError when the host's disk is full."""
+    """Write a checked disk as a qcow2 of its own. Raises GuestImageError, or HostError when the host's disk is full.
+
+    A qcow2 that was cut short would be converted with zeros for what is missing: that it is whole is asked first.
+    """
     facts = json.loads(_qemu_img(path, ["info", "-f", form, "--output=json", str(path)]))
     specific = facts.get("format-specific", {}).get("data", {})
     if "backing-filename" in facts or "data-file" in specific:  # what the header said, as QEMU reads it
         raise _refused(path, "it leads to another file")
+    if form == "qcow2":
+        _qemu_img(path, ["check", "-q", "-f", form, str(path)], expect=(0, 3))  # 3: leaked clusters, which harm nobody
     _qemu_img(path, ["convert", "-f", form, "-O", "qcow2", str(path), str(target)])
 
 
-def _qemu_img(path: Path, argv: list[str]) -> bytes:
+def _qemu_img(path: Path, argv: list[str], *, expect: Sequence[int] = (0,)) -> bytes:
     try:
-        return process.run(["qemu-img", *argv])
+        return process.run(["qemu-img", *argv], expect=expect)
     except process.CommandError as error:
         if "No space left" in error.output:
             raise HostError(
