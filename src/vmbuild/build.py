@@ -25,9 +25,10 @@ from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
 from vmbuild.model import MIB, PLATFORMS, BuildRequest, BuildResult, Home, MachineRequest, format_size
+from vmbuild.reach import channel_of
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import channel_of, open_session
+from vmbuild.start import open_session
 
 
 def build(

@@ -19,10 +19,21 @@ from vmbuild.lock import hold
 from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
-from vmbuild.machine.probe import probe
-from vmbuild.model import ApplianceSpec, DiskSpec, Freed, GuestImage, Home, ImageSpec, MachineRequest, MachineSpec
+from vmbuild.machine.probe import probe_for
+from vmbuild.model import (
+    ApplianceSpec,
+    DiskSpec,
+    Freed,
+    GuestImage,
+    Home,
+    ImageSpec,
+    KernelBoot,
+    MachineRequest,
+    MachineSpec,
+)
+from vmbuild.reach import wait_ready, write_seed
 from vmbuild.report import Reporter
-from vmbuild.start import Shape, shape_of, wait_ready, write_seed
+from vmbuild.start import Shape, shape_of
 
 PARK_S = 120.0
 SAVE_S = 300.0
@@ -66,6 +77,8 @@ def make_snapshot(
         process.give_way(os.getpid())
     shape = shape_of("snapshot", replace(request, snapshots=True), home, report)
     if shape.key is None:
+        if not isinstance(shape.spec.image.boot, KernelBoot):
+            raise UsageError(f"the guest image {shape.spec.image.name} is a disk, of which no snapshot can be made")
         raise UsageError("snapshots serve machines that QEMU emulates; this host runs them on its own CPU")
     with hold(snapshot.lock_file(home.cache, shape.key), report, "makes this snapshot"):
         return snapshot.find(home.cache, shape.key) or _boot_and_save(shape, shape.key, request, home, report)
@@ -192,5 +205,5 @@ def _is_current(kept: snapshot.Snapshot, images: list[GuestImage], home: Home) -
         if image.digest == kept.image_digest:
             spec = MachineSpec("", kept.cpus, kept.memory_mib, 0, image)
             with suppress(HostError):
-                return snapshot.shape_key(spec, probe(image.arch, home.cache)) == kept.key
+                return snapshot.shape_key(spec, probe_for(image, home.cache)) == kept.key
     return False

@@ -358,7 +358,7 @@ def test_a_machine_grows_for_its_build(
     guest = Flaky(log=b"[   99.000000] " + KILLED)
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: guest)
     monkeypatch.setattr(operate, "_power_off", lambda *_: lifetime.stop(machine, Deadline.after(0)))
     monkeypatch.setattr(process, "available_memory_bytes", lambda: 64 << 30)

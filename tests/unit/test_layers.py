@@ -21,10 +21,12 @@ IMAGE = {
 }
 MACHINE = {
     "files",
+    "firmware",
     "probe",
     "argv",
     "qmp",
     "serial",
+    "login",
     "control",
     "migration",
     "facts",
@@ -42,6 +44,7 @@ GUEST = {
     "job",
     "channel",
     "seed",
+    "firstboot",
     "ssh",
     "terminal",
     "ready",
@@ -89,11 +92,13 @@ ALLOWED: dict[str, set[str]] = {
     "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base", "given", "store", "prune"}},
     "image.prune": GROUND | {"image.cloud", "image.store"},
     "machine.files": GROUND,
-    "machine.probe": GROUND | {"process"},
+    "machine.firmware": GROUND,
+    "machine.probe": GROUND | {"process", "machine.firmware"},
     "machine.argv": GROUND | {"machine.files", "machine.probe"},
     "machine.qmp": GROUND,
     "machine.serial": GROUND | {"machine.qmp"},
-    "machine.control": GROUND | {"machine.files"},
+    "machine.login": GROUND | {"machine.qmp", "machine.serial"},
+    "machine.control": GROUND | {"machine.files", "machine.serial"},
     "machine.migration": GROUND | {"machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.sparse": GROUND,
@@ -106,6 +111,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.session": GROUND,
     "guest.keys": GROUND,
     "guest.seed": GROUND | {"guest.keys"},
+    "guest.firstboot": GROUND | {"guest.seed"},
     "guest.ssh": GROUND | {"guest.session"},
     "guest.terminal": GROUND | {"guest.session"},
     "guest.clock": {"guest.session"},
@@ -117,29 +123,36 @@ ALLOWED: dict[str, set[str]] = {
     "guest.channel": GROUND | {"guest.session"},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
+    "reach": GROUND
+    | {"machine.files", "machine.lifetime"}
+    | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
+    "provision": GROUND
+    | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
+    | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
+    | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "image.given", "image.store"}
+    | {"process", "provision", "reach", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
-    | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "image.base", "image.catalog"}
+    | {"start", "reach", "follow", "operate", "process", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom")},
     "operate": GROUND
-    | {"start"}
+    | {"start", "reach"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "operate", "follow", "guard"}
+    | {"start", "reach", "operate", "follow", "guard"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
-    | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
+    | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "process"}
+    | {"start", "reach", "process"}
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
@@ -166,6 +179,8 @@ DOORS = {
     "rich": {"ui"},
     "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
     "cryptography": {"guest.keys"},
+    "pexpect": {"machine.login"},
+    "pycdlib": {"guest.firstboot"},
 }
 """A foreign package, and the modules that may import it."""
 

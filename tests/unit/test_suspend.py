@@ -35,7 +35,7 @@ def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("CI", "true")  # no snapshot is made in the background
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
     monkeypatch.setattr(store, "find_digest", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
     home = Home(tmp_path / "cache", tmp_path / "state")
     home.cache.mkdir()
@@ -131,7 +131,7 @@ def test_it_is_never_booted_instead(
     if fault == "fails to load":
         monkeypatch.setenv("FAKE_QEMU_MIGRATION", "failed")
     if fault == "unfit":
-        monkeypatch.setattr(start, "probe", lambda *_: make_qemu(accel="kvm"))
+        monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu(accel="kvm"))
     report = Listener()
     with pytest.raises(MachineError), start.open_session(REQUEST, home, report):
         pass
