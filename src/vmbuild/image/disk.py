@@ -68,8 +68,8 @@ def _read_zstd(file: IO[bytes]) -> Iterator[bytes]:
 
 
 PACKINGS = (
-    Packing(b"\xfd7zXZ\0", lambda file: _read_blocks(lzma.open(file))),  # type: ignore[arg-type]  # noqa: SIM115
-    Packing(b"\x1f\x8b", lambda file: _read_blocks(gzip.open(file))),  # noqa: SIM115
+    Packing(b"\xfd7zXZ\0", lambda file: _read_blocks(lzma.open(file))),  # noqa: SIM115
+    Packing(b"\x1f\x8b", lambda file: _read_blocks(gzip.open(file))),  # type: ignore[arg-type]  # noqa: SIM115
     Packing(b"\x28\xb5\x2f\xfd", _read_zstd),
 )
 
