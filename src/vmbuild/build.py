@@ -62,7 +62,7 @@ def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineReque
         operate.resize(request.name, home, report, cpus=None, memory_mib=most, disk_bytes=None)
         return replace(request, memory_mib=most)
     spare = process.available_memory_bytes()
-    larger = settle.limit_memory(2 * most, settle.machine_arch(request, files))
+    larger = settle.limit_memory(2 * most, settle.machine_arch(request, files, home.cache))
     if larger <= most or (spare is not None and spare < most * MIB) or record.load_all(files.builds):
         return None  # machine or host has no more, or another build would go down with the machine
     operate.down(request.name, home, report)
@@ -80,7 +80,8 @@ def _build_once(
 ) -> BuildResult:
     begun = time.time()
     files = MachineFiles.at(home.state, request.name)
-    asked = replace(asked, platform=settle.choose_platform(asked.platform, settle.machine_arch(request, files)))
+    arch = settle.machine_arch(request, files, home.cache)
+    asked = replace(asked, platform=settle.choose_platform(asked.platform, arch))
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
@@ -208,7 +209,7 @@ def base(
     """Make a Debian base image in the guest from signed packages. Needs no registry."""
     spec = catalog.load_base(reference)
     files = MachineFiles.at(home.state, request.name)
-    platform = settle.choose_platform(platform, settle.machine_arch(request, files))
+    platform = settle.choose_platform(platform, settle.machine_arch(request, files, home.cache))
     if platform not in PLATFORMS:
         raise UsageError(
             f"vmbuild cannot make a base image for {platform}", resolution=f"Choose one of: {', '.join(PLATFORMS)}."

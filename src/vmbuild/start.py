@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from vmbuild import process, provision, record, settle
+from vmbuild.address import is_place
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
 from vmbuild.guest import clock, seed
 from vmbuild.guest.session import Session
-from vmbuild.image import catalog, store
+from vmbuild.image import given, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe_for
@@ -48,6 +49,8 @@ SPARE_BYTES = GIB
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
+    if is_place(request.image):
+        request = replace(request, image=given.find_row(request.image, home.cache).name)
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
@@ -63,7 +66,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
 
 def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
     """Start the machine and wait for its guest; None when it runs already."""
-    request = settle.settle(request, files)
+    request = settle.settle(request, files, home.cache)
     if "disk" in request.demanded:
         lifetime.check_disk(files, request.disk_bytes)
     if _is_running(request, files, report):
@@ -199,7 +202,7 @@ def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Repo
 
 def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
-    spec = catalog.load_image(kept.facts.image)
+    spec = given.find_row(kept.facts.image, home.cache)
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)
     return found or fetch_image(replace(request, image=spec.name, arch=None), home, report)
 
@@ -233,13 +236,14 @@ def _has_room(request: MachineRequest, home: Home) -> bool:
     return (memory is None or memory > needed) and shutil.disk_usage(home.cache).free > needed
 
 
-def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
-    """Return the guest image from the cache, made first where it is not there."""
-    spec = settle.choose_image(request)
-    if isinstance(spec, DiskSpec):
-        return provision.ensure(spec, request, home, report)
-    mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
-    return store.ensure(spec, mirrors, home.cache, report)
+def fetch_image(request: MachineRequest, home: Home, report: Reporter, *, refresh: bool = False) -> GuestImage:
+    """Return the guest image from the cache, made first where it is not there, or with `refresh` of what is new."""
+    spec = settle.choose_image(request, home.cache)
+    with store.renewing(spec, home.cache, report) if refresh else nullcontext():
+        if isinstance(spec, DiskSpec):
+            return provision.ensure(spec, request, home, report)
+        mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
+        return store.ensure(spec, mirrors, home.cache, report)
 
 
 def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:

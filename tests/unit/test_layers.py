@@ -16,8 +16,8 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
-    *("tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"),
-    "cloud",
+    *("tree", "rootfs", "kernel", "table", "catalog", "http", "fetch", "mirrors", "packages", "signature", "debian"),
+    *("appliance", "checksums", "disk", "cloud", "given", "store", "prune", "base"),
 }
 MACHINE = {
     "files",
@@ -72,18 +72,28 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
-    "image.catalog": GROUND,
+    "image.table": GROUND,
+    "image.catalog": GROUND | {"image.table"},
     "image.http": GROUND,
     "image.fetch": GROUND | {"image.http"},
     "image.mirrors": GROUND,
     "image.packages": GROUND | {"image.fetch"},
-    "image.debian": GROUND | {"process", "image.fetch", "image.mirrors", "image.packages"},
+    "image.signature": GROUND | {"process"},
+    "image.debian": GROUND | {"image.fetch", "image.mirrors", "image.packages", "image.signature"},
+    "image.checksums": GROUND,
+    "image.disk": GROUND | {"process"},
+    "image.cloud": GROUND | {"image.checksums", "image.disk", "image.fetch", "image.signature"},
     "image.rootfs": GROUND | {"image.tree", "image.packages"},
     "image.kernel": GROUND | {"image.tree"},
     "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
-    "image.base": GROUND | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel"}},
-    "image.cloud": GROUND | {"process", "image.fetch"},
-    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
+    "image.base": GROUND
+    | {
+        f"image.{name}"
+        for name in IMAGE - {"base", "appliance", "kernel", "cloud", "disk", "checksums", "given", "store", "prune"}
+    },
+    "image.given": GROUND | {"image.catalog", "image.checksums", "image.fetch"},
+    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base", "given", "store", "prune"}},
+    "image.prune": GROUND | {"image.cloud", "image.store"},
     "machine.files": GROUND,
     "machine.firmware": GROUND,
     "machine.probe": GROUND | {"process", "machine.firmware"},
@@ -119,7 +129,9 @@ ALLOWED: dict[str, set[str]] = {
     "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
-    "settle": GROUND | {"image.catalog"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
+    "settle": GROUND
+    | {"image.catalog", "image.given"}
+    | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
     "reach": GROUND
     | {"machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
@@ -128,7 +140,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "provision", "reach", "settle", "image.catalog", "image.store"}
+    | {"process", "provision", "reach", "settle", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
@@ -149,7 +161,8 @@ ALLOWED: dict[str, set[str]] = {
     "watch": GROUND
     | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "reach", "process", "settle", "image.catalog", "image.store"}
+    | {"start", "reach", "process", "settle"}
+    | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,

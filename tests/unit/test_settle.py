@@ -18,6 +18,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.model import GIB, Arch, BuildRequest, Home, MachineRequest, MachineStatus
 from vmbuild.report import SilentReporter
 
+NO_CACHE = Path("/nonexistent")
 PLAIN = MachineRequest("box", 2, 2048, GIB, "debian-13-arm64")
 ARM = replace(PLAIN, arch=Arch.ARMHF, image="debian-13-armhf", given=frozenset({"arch"}))
 ARM64 = replace(PLAIN, arch=Arch.ARM64, given=frozenset({"arch"}))
@@ -49,34 +50,34 @@ def new(home: Home) -> MachineFiles:
     [(PLAIN, "debian-13-arm64"), (ARM64, "debian-13-arm64"), (ARM, "debian-13-armhf"), (IMAGE_ARM, "debian-13-armhf")],
 )
 def test_a_new_machine_is_what_was_asked_for(new: MachineFiles, request_: MachineRequest, image: str) -> None:
-    assert settle.settle(request_, new).image == image
+    assert settle.settle(request_, new, NO_CACHE).image == image
 
 
 def test_a_machine_keeps_its_architecture_when_nobody_asks_for_one(files: MachineFiles) -> None:
-    settled = settle.settle(PLAIN, files)
+    settled = settle.settle(PLAIN, files, NO_CACHE)
     assert (settled.image, settled.given) == ("debian-13-armhf", PLAIN.given)
-    assert settle.settle(settled, files) == settled
+    assert settle.settle(settled, files, NO_CACHE) == settled
 
 
 def test_one_that_is_down_becomes_what_is_asked_for(files: MachineFiles) -> None:
-    assert settle.settle(ARM64, files).image == "debian-13-arm64"
-    assert settle.settle(ARM, files).image == "debian-13-armhf"
+    assert settle.settle(ARM64, files, NO_CACHE).image == "debian-13-arm64"
+    assert settle.settle(ARM, files, NO_CACHE).image == "debian-13-armhf"
 
 
 def test_a_machine_of_an_older_vmbuild_is_an_arm64_one(files: MachineFiles) -> None:
     files.facts.write_text(files.facts.read_text().replace(', "arch": "armhf"', ""))
-    assert settle.machine_arch(PLAIN, files) == Arch.ARM64
-    assert settle.machine_arch(ARM, files) == Arch.ARMHF
+    assert settle.machine_arch(PLAIN, files, NO_CACHE) == Arch.ARM64
+    assert settle.machine_arch(ARM, files, NO_CACHE) == Arch.ARMHF
 
 
 @pytest.mark.parametrize("state", ["running", "paused", "suspended", "broken", "restoring"])
 def test_one_at_work_as_another_is_refused(files: MachineFiles, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
     monkeypatch.setattr(lifetime, "status", lambda _: MachineStatus("box", state))
-    assert settle.settle(PLAIN, files).image == "debian-13-armhf"
-    assert settle.settle(IMAGE_ARM, files).image == "debian-13-armhf"
+    assert settle.settle(PLAIN, files, NO_CACHE).image == "debian-13-armhf"
+    assert settle.settle(IMAGE_ARM, files, NO_CACHE).image == "debian-13-armhf"
     for asked in (ARM64, replace(PLAIN, given=frozenset({"image"}))):
         with pytest.raises(UsageError) as caught:
-            settle.settle(asked, files)
+            settle.settle(asked, files, NO_CACHE)
         assert caught.value.brief == f"the machine box is {state} with the architecture arm, not arm64"
         assert "--name" in caught.value.resolution
         assert "`vmbuild down box`" in caught.value.resolution
@@ -84,23 +85,23 @@ def test_one_at_work_as_another_is_refused(files: MachineFiles, monkeypatch: pyt
 
 def test_an_image_that_contradicts_the_architecture_is_refused(new: MachineFiles) -> None:
     with pytest.raises(UsageError, match="debian-13-arm64 is for arm64, and --arch asks for arm"):
-        settle.settle(replace(ARM, image="debian-13-arm64", given=frozenset({"arch", "image"})), new)
+        settle.settle(replace(ARM, image="debian-13-arm64", given=frozenset({"arch", "image"})), new, NO_CACHE)
 
 
 def test_more_cpus_than_an_architecture_has_are_refused_where_they_were_chosen(new: MachineFiles) -> None:
     with pytest.raises(UsageError, match="arm has 8 CPUs at most, not 9") as caught:
-        settle.settle(replace(ARM, cpus=9, given=frozenset({"arch", "cpus"})), new)
+        settle.settle(replace(ARM, cpus=9, given=frozenset({"arch", "cpus"})), new, NO_CACHE)
     assert "--cpus 8" in caught.value.resolution
-    assert settle.settle(replace(ARM, cpus=16), new).cpus == 8  # the host's number, which nobody chose
-    assert settle.settle(replace(PLAIN, cpus=16, given=frozenset({"cpus"})), new).cpus == 16
+    assert settle.settle(replace(ARM, cpus=16), new, NO_CACHE).cpus == 8  # the host's number, which nobody chose
+    assert settle.settle(replace(PLAIN, cpus=16, given=frozenset({"cpus"})), new, NO_CACHE).cpus == 16
 
 
 def test_more_memory_than_an_architecture_has_is_refused(new: MachineFiles) -> None:
     with pytest.raises(UsageError, match=r"arm has 16\.0 GiB of memory at most") as caught:
-        settle.settle(replace(ARM, memory_mib=16385), new)
+        settle.settle(replace(ARM, memory_mib=16385), new, NO_CACHE)
     assert "--memory 16384M" in caught.value.resolution
-    assert settle.settle(replace(ARM, memory_mib=16384), new).memory_mib == 16384
-    assert settle.settle(replace(PLAIN, memory_mib=500_000), new).memory_mib == 500_000
+    assert settle.settle(replace(ARM, memory_mib=16384), new, NO_CACHE).memory_mib == 16384
+    assert settle.settle(replace(PLAIN, memory_mib=500_000), new, NO_CACHE).memory_mib == 500_000
 
 
 @pytest.mark.parametrize(

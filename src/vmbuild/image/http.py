@@ -11,6 +11,7 @@ import requests
 import urllib3
 from requests import exceptions as failures
 
+from vmbuild.address import is_protected
 from vmbuild.errors import GuestImageError, HostError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -82,6 +83,11 @@ def open_url(session: Session, url: str, headers: Mapping[str, str]) -> Iterator
     with response:
         _check_status(url, response.status_code, response.reason)
         yield response
+
+
+def weak_address(response: requests.Response) -> str:
+    """Return the address on the way to an answer that is not protected, empty when there is none."""
+    return next((hop.url for hop in (*response.history, response) if not is_protected(hop.url)), "")
 
 
 def _check_status(url: str, status: int, reason: str) -> None:
