@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from vmbuild.errors import UsageError
-from vmbuild.image import catalog, given
+from vmbuild.image import given
 from vmbuild.machine import lifetime
 from vmbuild.machine.argv import ROWS
 from vmbuild.machine.facts import load_facts
@@ -23,18 +24,23 @@ RUNS = {
 def settle(request: MachineRequest, files: MachineFiles, cache: Path) -> MachineRequest:
     """Return the request with what follows from the machine's architecture, the same for every start of it.
 
-    A machine that is there keeps its architecture when none is asked for. Raises UsageError when it is at work as
-    another than the one that is asked for, and for more CPUs or memory than its architecture can have.
+    A machine that is there keeps its architecture and guest image when none is asked for. Raises UsageError when it is
+    at work as another than the one that is asked for, and for more CPUs or memory than its architecture can have.
     """
     arch = machine_arch(request, files, cache)
     if not {"arch", "image"} & request.given:
-        request = replace(request, image=_usual_image(request, arch))
+        request = replace(request, image=_usual_image(request, files, arch, cache))
     return fit(request, arch)
 
 
-def _usual_image(request: MachineRequest, arch: Arch) -> str:
-    is_of_it = catalog.load_image(request.image).arch == arch
-    return request.image if is_of_it else ARCH_DEFAULTS[arch].image
+def _usual_image(request: MachineRequest, files: MachineFiles, arch: Arch, cache: Path) -> str:
+    """Return the guest image that the machine had, else the architecture's own."""
+    facts = load_facts(files)
+    for name in (facts.image, request.image) if facts is not None else (request.image,):
+        with suppress(UsageError):  # its row is gone
+            if given.find_row(name, cache).arch == arch:
+                return name
+    return ARCH_DEFAULTS[arch].image
 
 
 def machine_arch(request: MachineRequest, files: MachineFiles, cache: Path) -> Arch:

@@ -12,6 +12,7 @@ from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import build, settle
 from vmbuild.errors import UsageError
 from vmbuild.follow import Watch
+from vmbuild.image import given
 from vmbuild.machine import lifetime
 from vmbuild.machine.facts import describe, write_facts
 from vmbuild.machine.files import MachineFiles
@@ -57,6 +58,21 @@ def test_a_machine_keeps_its_architecture_when_nobody_asks_for_one(files: Machin
     settled = settle.settle(PLAIN, files, NO_CACHE)
     assert (settled.image, settled.given) == ("debian-13-armhf", PLAIN.given)
     assert settle.settle(settled, files, NO_CACHE) == settled
+
+
+def test_a_machine_keeps_its_guest_image_when_nobody_asks_for_one(
+    home: Home, files: MachineFiles, tmp_path: Path
+) -> None:
+    disk = tmp_path / "my.qcow2"
+    disk.write_bytes(b"a disk")
+    row = given.find_row(str(disk), home.cache)
+    spec = make_spec(home.state)
+    write_facts(files, describe(replace(spec, image=replace(spec.image, name=row.name)), make_qemu(), GIB))
+    assert settle.settle(PLAIN, files, home.cache).image == row.name
+    asked = replace(PLAIN, given=frozenset({"image"}))
+    assert settle.settle(asked, files, home.cache).image == "debian-13-arm64"
+    (home.cache / "given" / f"{row.name}.toml").unlink()
+    assert settle.settle(PLAIN, files, home.cache).image == "debian-13-arm64"
 
 
 def test_one_that_is_down_becomes_what_is_asked_for(files: MachineFiles) -> None:
