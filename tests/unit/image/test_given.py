@@ -100,7 +100,7 @@ def test_a_damaged_memory_of_digests_is_made_anew(disk: Path, cache: Path) -> No
 
 @pytest.mark.parametrize("image", ["./none.qcow2", "/", "~/none/of/this.img"])
 def test_a_path_without_a_disk_is_told(image: str, cache: Path) -> None:
-    with pytest.raises(UsageError, match="no disk .* that can be read"):
+    with pytest.raises(UsageError, match="that can be read"):
         given.find_row(image, cache)
     assert not cache.exists()
 
