@@ -131,7 +131,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "provision", "reach", "image.given", "image.store"}
+    | {"process", "provision", "reach", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
