@@ -60,17 +60,18 @@ def ensure(spec: DiskSpec, request: MachineRequest, home: Home, report: Reporter
 
 
 def _provision(spec: DiskSpec, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
-    disk = cloud.fetch_disk(spec, home.cache, report)
+    fetched = cloud.ensure(spec, home.cache, report)
     for left in (home.cache / "images").glob(f".{spec.name}~*/{spec.name}"):  # we hold the lock: nobody waits for these
         lifetime.stop(MachineFiles(left), Deadline.after(0))
     with store.workspace(home.cache, spec.name) as folder:
         files = MachineFiles(folder / spec.name)
-        _run_first_boot(spec, disk, files, request, home, report)
+        _run_first_boot(spec, fetched.path, files, request, home, report)
         report.step("Keeping the disk")
         argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", str(files.disk), str(folder / "disk.qcow2")]
         process.run(argv)
         shutil.rmtree(files.folder)
-        return store.publish(spec, home.cache, folder, {"source": spec.url})
+        facts = {"source": fetched.source, "source_digest": fetched.source_digest}
+        return store.publish(spec, home.cache, folder, facts)
 
 
 def _run_first_boot(

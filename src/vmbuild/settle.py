@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmbuild.errors import UsageError
-from vmbuild.image import given
+from vmbuild.image import catalog, given
 from vmbuild.machine import lifetime
 from vmbuild.machine.argv import ROWS
 from vmbuild.machine.facts import load_facts
@@ -35,10 +35,10 @@ def settle(request: MachineRequest, files: MachineFiles, cache: Path) -> Machine
 
 def _usual_image(request: MachineRequest, files: MachineFiles, arch: Arch, cache: Path) -> str:
     """Return the guest image that the machine had, else the architecture's own."""
-    facts = load_facts(files)
+    facts, folders = load_facts(files), catalog.find_folders(cache)
     for name in (facts.image, request.image) if facts is not None else (request.image,):
         with suppress(UsageError):  # its row is gone
-            if given.find_row(name, cache).arch == arch:
+            if catalog.load_image(name, folders).arch == arch:  # by its name only: the facts may be a bundle's
                 return name
     return ARCH_DEFAULTS[arch].image
 

@@ -18,7 +18,7 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
 from vmbuild.guest import clock, seed
 from vmbuild.guest.session import Session
-from vmbuild.image import given, store
+from vmbuild.image import catalog, given, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu, probe_for
@@ -202,7 +202,8 @@ def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Repo
 
 def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
-    spec = given.find_row(kept.facts.image, home.cache)
+    # By its name only: the facts may be a bundle's, whose maker must not have a file of this host or a URL taken.
+    spec = catalog.load_image(kept.facts.image, catalog.find_folders(home.cache))
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)
     return found or fetch_image(replace(request, image=spec.name, arch=None), home, report)
 

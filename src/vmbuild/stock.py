@@ -150,8 +150,9 @@ def _how_verified(spec: ImageSpec) -> str:
     if isinstance(spec, DiskSpec) and spec.checksums is None:
         return "not: a file of this host"
     if isinstance(spec, DiskSpec) and spec.signature is None:
-        return "checksum over https"
-    return f"signed by {', '.join(path.stem for path in spec.keyrings)}"
+        return f"checksum over {(spec.checksums or '').partition(':')[0]}"
+    first, *more = (path.stem for path in spec.keyrings)
+    return f"signed by {first}" + (f" and {len(more)} more" if more else "")
 
 
 def verify_images(home: Home) -> list[store.Check]:

@@ -138,7 +138,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "provision", "reach", "settle", "image.given", "image.store"}
+    | {"process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND

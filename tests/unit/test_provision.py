@@ -45,6 +45,7 @@ class World:
 
     home: Home
     spec: DiskSpec
+    fetched: cloud.Fetched
     says: list[str | BaseException] = field(
         default_factory=lambda: ["phase Installing \x1b[1mDocker", "noise", "provisioned"]
     )
@@ -71,7 +72,8 @@ def world(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> It
         *("cloudy", Arch.ARM64, "", tmp_path, catalog.find_catalog() / "guest", (), "virt", "cortex-a76"),
         *("https://example.org/disk.qcow2", None, None, None, "apt", None),
     )
-    world = World(Home(tmp_path / "cache", tmp_path / "state"), spec)
+    fetched = cloud.Fetched("cloudy", tmp_path / "disk.qcow2", spec.url, "sha512:ab", "cd", len(SOURCE))
+    world = World(Home(tmp_path / "cache", tmp_path / "state"), spec, fetched)
     qemu = replace(make_qemu(), firmware=Firmware(tmp_path / "CODE.fd", tmp_path / "VARS.fd"))
 
     def listen(files: MachineFiles, *_: object, **__: object) -> Iterator[str]:
@@ -89,7 +91,7 @@ def world(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> It
         world.sessions.append(FakeSession(*world.answers))
         return world.sessions[-1]
 
-    monkeypatch.setattr(cloud, "fetch_disk", lambda *_: tmp_path / "disk.qcow2")
+    monkeypatch.setattr(cloud, "ensure", lambda *_, **__: world.fetched)
     monkeypatch.setattr(provision, "probe_for", lambda *_: qemu)
     monkeypatch.setattr(start, "probe_for", lambda *_: qemu)
     monkeypatch.setattr(control, "listen", listen)
@@ -109,6 +111,7 @@ def test_the_provisioned_disk_is_kept_and_used_again(world: World) -> None:
     assert image.boot.disk.read_bytes()[32:] == b"disk"
     manifest = json.loads((image.boot.disk.parent / "manifest.json").read_text())
     assert (manifest["name"], manifest["source"]) == ("cloudy", "https://example.org/disk.qcow2")
+    assert manifest["source_digest"] == "sha512:ab"
     assert world.left == sorted([image.digest, "cloudy.lock", f"cloudy.{store.recipe_digest(world.spec)[:16]}"])
     assert sorted(path.name for path in image.boot.disk.parent.iterdir()) == ["disk.qcow2", "manifest.json"]
     assert world.ensure() == image
@@ -249,10 +252,32 @@ def test_no_snapshot_is_made_of_a_disk(world: World) -> None:
 
 
 def test_a_download_that_fails_boots_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Path:
+    def fail(*_: object) -> cloud.Fetched:
         raise GuestImageError("the disk cannot be downloaded")
 
-    monkeypatch.setattr(cloud, "fetch_disk", fail)
+    monkeypatch.setattr(cloud, "ensure", fail)
     with pytest.raises(GuestImageError):
         world.ensure()
     assert world.machines == []
+
+
+def test_a_disk_is_provisioned_anew_only_when_another_is_published(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refresh() -> Any:
+        return start.fetch_image(REQUEST, world.home, world.steps, refresh=True)
+
+    newest = ["sha512:ab"]
+    monkeypatch.setattr(cloud, "ask_newest", lambda _: newest[0])
+    image = refresh()
+    assert refresh() == image
+    assert len(world.machines) == 1
+    newest[0], world.fetched = "sha512:ef", replace(world.fetched, source_digest="sha512:ef")
+    world.says = [MachineError("it hangs")]
+    with pytest.raises(MachineError):
+        refresh()
+    assert start.fetch_image(REQUEST, world.home, world.steps) == image, "the old one stays"
+    world.says = ["provisioned"]
+    newer = refresh()
+    assert newer.digest != image.digest, "a failure is not forgotten: the newer disk is still to be provisioned"
+    assert start.fetch_image(REQUEST, world.home, world.steps) == newer

@@ -20,8 +20,10 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest import ready
 from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.facts import Facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.snapshot import Snapshot
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import Arch, Home, MachineRequest
 from vmbuild.report import SilentReporter
 
@@ -265,3 +267,16 @@ def test_a_host_at_fault_is_not_blamed_on_the_snapshot(
     with pytest.raises(HostError, match="disk is full"), start.open_session(REQUEST, home, SilentReporter()):
         pass
     assert snapshot.list_snapshots(home.cache) == [kept]
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_facts_from_elsewhere_name_no_disk_to_take(home: Home, tmp_path: Path, kind: str) -> None:
+    """Who made a bundle must not have a file of this host, or a URL, become a disk here."""
+    (tmp_path / "secret.img").write_bytes(bytes(510) + b"\x55\xaa" + bytes(512))
+    image = {"path": str(tmp_path / "secret.img"), "url": f"http://127.0.0.1:1/d.img#sha256={'a' * 64}"}[kind]
+    facts = Facts("u", 2, 2048, 1 << 30, image, "d", 1.0, "virt-9.2", "tcg", "h")
+    kept = Suspension(facts, "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
+    with pytest.raises(UsageError, match="there is no guest image named"):
+        start.fit_here(kept, REQUEST, home, SilentReporter())
+    assert not (home.cache / "given").exists()
+    assert not (home.cache / "disks").exists()

@@ -188,12 +188,15 @@ def _disk_url(row: Table, folder: Path) -> str:
         return (folder / Path(url).expanduser()).absolute().as_uri()
     if scheme not in ("https", "http", "file"):
         raise row.wrong("url", f"is {url!r}, expected an https, http or file URL, or a path")
+    if urlsplit(url).path.rpartition("/")[2] == "":
+        raise row.wrong("url", f"is {url!r}, expected that of a file")
     return url
 
 
 def _check_verification(row: Table, spec: DiskSpec) -> None:
     """See that there is one way to know the disk for what it should be, and that nothing in the row is idle."""
     from_web = not spec.url.startswith("file:")
+    places = [(key, found) for key in ("checksums", "signature") if (found := getattr(spec, key))]
     for is_wrong, key, problem in (
         (
             from_web and not spec.digest and not spec.checksums,
@@ -203,6 +206,8 @@ def _check_verification(row: Table, spec: DiskSpec) -> None:
         ),
         (spec.digest and not _DIGEST.fullmatch(spec.digest), "digest", "is none: expected sha256: or sha512:, and hex"),
         (spec.digest and spec.checksums, "checksums", "says what digest says already: give one of them"),
+        (spec.checksums and not from_web, "checksums", "is idle: a file of this host is verified by digest"),
+        *((not _is_web(found), key, f"is {found!r}, expected an https or http URL") for key, found in places),
         (spec.signature and not spec.checksums, "signature", "is that of checksums, which are missing"),
         (spec.signature and not spec.keyrings, "keyrings", "is missing: whose is the signature?"),
         (spec.keyrings and not spec.signature, "keyrings", "is idle without signature"),
@@ -214,6 +219,10 @@ def _check_verification(row: Table, spec: DiskSpec) -> None:
     ):
         if is_wrong:
             raise row.wrong(key, problem)
+
+
+def _is_web(url: str) -> bool:
+    return urlsplit(url).scheme in ("https", "http")
 
 
 def _login(table: Table) -> ConsoleLogin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote, urlsplit
 
 from vmbuild.errors import GuestImageError
 
@@ -23,7 +24,7 @@ def find_digest(text: str, name: str, url: str) -> str:
     Raises GuestImageError when there is none, or two that differ.
     """
     found = set(_named(text, name))
-    own = url.rpartition("/")[2]
+    own = unquote(urlsplit(url).path).rpartition("/")[2]
     alone = _ALONE.fullmatch(text.strip())
     if alone and own.startswith(f"{name}."):
         found.add(alone["digest"].lower())

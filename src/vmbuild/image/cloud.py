@@ -47,11 +47,6 @@ class Fetched:
     size_bytes: int
 
 
-def fetch_disk(spec: DiskSpec, cache: Path, report: Reporter) -> Path:
-    """Return the verified disk of a row, a qcow2. Raises what `ensure` raises."""
-    return ensure(spec, cache, report).path
-
-
 def ensure(spec: DiskSpec, cache: Path, report: Reporter, *, refresh: bool = False) -> Fetched:
     """Return the disk of a row, fetched first when the cache has it not, or with `refresh` not the one of today.
 
@@ -67,6 +62,12 @@ def ensure(spec: DiskSpec, cache: Path, report: Reporter, *, refresh: bool = Fal
         if now is not None and (not refresh or now != found):  # another has brought it while we waited
             return now
         return _bring(spec, folder, now, report)
+
+
+def ask_newest(spec: DiskSpec) -> str:
+    """Return the digest of the disk that is published today, which is not fetched. Raises what `ensure` raises."""
+    with _advice(spec):
+        return _hash_local(spec) if spec.url.startswith("file:") else _read_digest(spec)
 
 
 def find(spec: DiskSpec, cache: Path) -> Fetched | None:
@@ -128,22 +129,34 @@ def _bring(spec: DiskSpec, folder: Path, now: Fetched | None, report: Reporter) 
 
 def _take_local(spec: DiskSpec, folder: Path, now: Fetched | None) -> Fetched:
     """Convert a disk of this host, which nobody else needs to vouch for. Raises UsageError when it is not there."""
-    path = Path(unquote(urlsplit(spec.url).path))
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise UsageError(f"there is no disk {path} that can be read")
+    path = _local_path(spec)
     before = path.stat()
-    algorithm, _, hexadecimal = (spec.digest or "sha256:").partition(":")
-    actual = hash_file(path, algorithm)
-    if spec.digest is not None and actual != hexadecimal:
-        raise WrongDigest(f"{path} is not the disk that the catalogue means", details=f"its digest is {actual}")
-    if now is not None and now.source_digest == f"{algorithm}:{actual}":
+    actual = _hash_local(spec)
+    if now is not None and now.source_digest == actual:
         return now
-    made = _make(spec, path, f"{algorithm}:{actual}", folder)
+    made = _make(spec, path, actual, folder)
     after = path.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         (folder / "facts.json").unlink()
         raise GuestImageError(f"{path} was changed while it was read", resolution="End what writes it first.")
     return made
+
+
+def _local_path(spec: DiskSpec) -> Path:
+    path = Path(unquote(urlsplit(spec.url).path))
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise UsageError(f"there is no disk {path} that can be read")
+    return path
+
+
+def _hash_local(spec: DiskSpec) -> str:
+    """Return the digest of a disk of this host. Raises WrongDigest when the row gives another."""
+    path = _local_path(spec)
+    algorithm = (spec.digest or "sha256:").partition(":")[0]
+    actual = f"{algorithm}:{hash_file(path, algorithm)}"
+    if spec.digest not in (None, actual):
+        raise WrongDigest(f"{path} is not the disk that the catalogue means", details=f"its digest is {actual}")
+    return actual
 
 
 def _read_digest(spec: DiskSpec) -> str:

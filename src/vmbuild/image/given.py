@@ -78,17 +78,23 @@ def _of_file(path: Path, rows: Path) -> tuple[str, dict[str, str]]:
 def _hash(path: Path, rows: Path) -> str:
     """Return a file's SHA-256, which is remembered for as long as nothing shows that the file was changed."""
     note, now = rows / "digests.json", path.stat()
-    known: dict[str, list[object]] = {}
-    with suppress(FileNotFoundError, ValueError):
-        known = dict(json.loads(note.read_bytes()))
+    known = _read_digests(note)
     facts: list[object] = [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
-    kept = known.get(str(path))
-    if kept and kept[:-1] == facts:
-        return str(kept[-1])
+    match known.get(str(path)):
+        case [*kept, str(digest)] if kept == facts:
+            return digest
     digest = hash_file(path)
     rows.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_whole(note, json.dumps({**known, str(path): [*facts, digest]}).encode(), mode=0o600)
     return digest
+
+
+def _read_digests(note: Path) -> dict[str, object]:
+    """Return what is remembered of files, nothing when the memory is damaged."""
+    with suppress(FileNotFoundError, ValueError):
+        known = json.loads(note.read_bytes())
+        return known if isinstance(known, dict) else {}
+    return {}
 
 
 def _of_url(image: str, rows: Path) -> tuple[str, dict[str, str]]:

@@ -34,7 +34,7 @@ def prune(
             is_old = pointer.is_file() and pointer.suffix != ".lock" and pointer not in current
             if is_old and pointer.read_text(errors="replace").strip() not in needed:
                 pointer.unlink()
-    freed += _prune_disks([] if everything else specs, cache, report, needed)
+        freed += _prune_disks([] if everything else specs, cache, report, needed)
     downloads = ("packages", "indexes", "bases") if everything else ("packages", "indexes")
     return freed + [_free("downloads", cache / name) for name in downloads if (cache / name).exists()]
 

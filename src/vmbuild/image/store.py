@@ -51,14 +51,15 @@ def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Rep
 def renewing(spec: ImageSpec, cache: Path, report: Reporter) -> Iterator[None]:
     """Have a guest image made anew in this block, of what is published today; when that fails the old one stays.
 
-    A disk of which nothing newer is published stays as it is.
+    A guest image of the disk that is still the one that is published stays as it is, and nothing is downloaded.
     """
     pointer = pointer_of(spec, cache)
     if isinstance(spec, DiskSpec):
-        before = cloud.find(spec, cache)
-        if cloud.ensure(spec, cache, report, refresh=True) == before:
+        if _made_of(spec, cache) == cloud.ask_newest(spec):
+            report.step(f"The disk of {spec.name} is the newest")
             yield
             return
+        cloud.ensure(spec, cache, report, refresh=True)
     old = pointer.read_bytes() if pointer.exists() else None
     pointer.unlink(missing_ok=True)
     try:
@@ -67,6 +68,15 @@ def renewing(spec: ImageSpec, cache: Path, report: Reporter) -> Iterator[None]:
         if old is not None:
             write_whole(pointer, old)
         raise
+
+
+def _made_of(spec: DiskSpec, cache: Path) -> str | None:
+    """Return the digest of the published disk that a row's guest image was made of."""
+    found = find(spec, cache)
+    if found is None:
+        return None
+    made_of = json.loads((cache / "images" / found.digest / "manifest.json").read_bytes()).get("source_digest")
+    return made_of if isinstance(made_of, str) else None
 
 
 def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
