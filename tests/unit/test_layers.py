@@ -129,7 +129,9 @@ ALLOWED: dict[str, set[str]] = {
     "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.archive": GROUND | {"guest.session", "guest.channel"},
-    "settle": GROUND | {"image.given"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
+    "settle": GROUND
+    | {"image.catalog", "image.given"}
+    | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
     "reach": GROUND
     | {"machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
