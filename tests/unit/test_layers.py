@@ -16,7 +16,20 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
-    *("tree", "rootfs", "kernel", "table", "catalog", "http", "fetch", "mirrors", "packages", "signature", "debian"),
+    *(
+        "tree",
+        "rootfs",
+        "kernel",
+        "table",
+        "disk_row",
+        "catalog",
+        "http",
+        "fetch",
+        "mirrors",
+        "packages",
+        "signature",
+        "debian",
+    ),
     *("appliance", "checksums", "disk", "cloud", "given", "store", "prune", "base"),
 }
 MACHINE = {
@@ -73,7 +86,8 @@ ALLOWED: dict[str, set[str]] = {
     "process": GROUND,
     "image.tree": GROUND,
     "image.table": GROUND,
-    "image.catalog": GROUND | {"image.table"},
+    "image.disk_row": GROUND | {"image.table"},
+    "image.catalog": GROUND | {"image.table", "image.disk_row"},
     "image.http": GROUND,
     "image.fetch": GROUND | {"image.http"},
     "image.mirrors": GROUND,
@@ -89,7 +103,8 @@ ALLOWED: dict[str, set[str]] = {
     "image.base": GROUND
     | {
         f"image.{name}"
-        for name in IMAGE - {"base", "appliance", "kernel", "cloud", "disk", "checksums", "given", "store", "prune"}
+        for name in IMAGE
+        - {"base", "appliance", "kernel", "cloud", "disk", "disk_row", "checksums", "given", "store", "prune"}
     },
     "image.given": GROUND | {"image.catalog", "image.checksums", "image.fetch"},
     "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base", "given", "store", "prune"}},

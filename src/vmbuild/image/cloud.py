@@ -22,7 +22,16 @@ from vmbuild.address import is_protected, without_credentials
 from vmbuild.errors import GuestImageError, HostError, UsageError
 from vmbuild.image import disk
 from vmbuild.image.checksums import find_digest
-from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, ask_size, fetch_all, fetch_bytes
+from vmbuild.image.fetch import (
+    NETWORK_ADVICE,
+    Download,
+    NotFound,
+    Unreachable,
+    WrongDigest,
+    ask_size,
+    fetch_all,
+    fetch_bytes,
+)
 from vmbuild.image.signature import BadSignature, check_detached, read_signed
 from vmbuild.lock import hold
 from vmbuild.model import MIB, DiskSpec, format_size
@@ -240,9 +249,12 @@ def _advice(spec: DiskSpec) -> Iterator[None]:
         error.resolution = f"The publisher may have moved it: correct the row {spec.name}, or give another one."
         raise
     except Unreachable as error:
-        error.resolution = error.resolution.partition("; to use another Debian mirror")[0].rstrip(".") + "."
+        error.resolution = NETWORK_ADVICE
         raise
     except (WrongDigest, BadSignature) as error:
+        if spec.url.startswith("file:"):
+            error.resolution = f"The file was changed: bring it back, or correct `digest` in the row {spec.name}."
+            raise
         error.resolution = (
             "Nothing of it is used. The server may be in the middle of an update: run the command again "
             "in some minutes. If it stays so, a proxy or somebody else has altered the file."

@@ -18,12 +18,21 @@ from filelock import FileLock, Timeout
 
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import http
-from vmbuild.image.http import NotFound, Unreachable
+from vmbuild.image.http import NETWORK_ADVICE, NotFound, Unreachable
 from vmbuild.model import MIB, format_size
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import hash_file
 
-__all__ = ["Download", "NotFound", "Unreachable", "WrongDigest", "ask_size", "fetch_all", "fetch_bytes"]
+__all__ = [
+    "NETWORK_ADVICE",
+    "Download",
+    "NotFound",
+    "Unreachable",
+    "WrongDigest",
+    "ask_size",
+    "fetch_all",
+    "fetch_bytes",
+]
 
 STOP_GRACE_S = 1.0
 """How long an interrupt waits for the workers; one that is stuck in a read dies with the process."""

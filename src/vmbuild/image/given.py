@@ -15,7 +15,7 @@ from vmbuild.address import is_place, is_protected, without_credentials
 from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.image import catalog
 from vmbuild.image.checksums import find_digest
-from vmbuild.image.fetch import NotFound, fetch_bytes
+from vmbuild.image.fetch import NETWORK_ADVICE, NotFound, Unreachable, fetch_bytes
 from vmbuild.model import MIB, Arch, DiskSpec, ImageSpec
 from vmbuild.whole import hash_file, write_whole
 
@@ -130,12 +130,20 @@ def _find_checksums(url: str, file: str) -> str:
     """Return the URL of a file of checksums beside a disk that has a digest of it. Raises UsageError for none."""
     for place in _beside(url) if is_protected(url) else ():
         with suppress(NotFound):
-            text = fetch_bytes(place, limit_bytes=4 * MIB, only_tls=True).decode(errors="replace")
+            text = _fetch_text(place)
             with suppress(GuestImageError):
                 find_digest(text, file, place)
                 return place
     where = "no file of checksums beside it has one" if is_protected(url) else "it does not come over https"
     raise UsageError(f"nothing tells whether {without_credentials(url)} is what it should be: {where}", resolution=_HOW)
+
+
+def _fetch_text(url: str) -> str:
+    try:
+        return fetch_bytes(url, limit_bytes=4 * MIB, only_tls=True).decode(errors="replace")
+    except Unreachable as error:
+        error.resolution = NETWORK_ADVICE
+        raise
 
 
 def _beside(url: str) -> Iterator[str]:

@@ -24,10 +24,10 @@ CONNECT_TRIES = 3
 BACKOFF_S = 0.5
 """Wait before the second try; it doubles with every further one."""
 
-PROXY_ADVICE = (
-    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS); "
-    "to use another Debian mirror set VMBUILD_MIRROR."
+NETWORK_ADVICE = (
+    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS)."
 )
+MIRROR_ADVICE = f"{NETWORK_ADVICE} To use another Debian mirror, set VMBUILD_MIRROR."
 
 
 class NotFound(GuestImageError):
@@ -159,7 +159,7 @@ def tries(url: str, stop: threading.Event, progress: Callable[[], int] = lambda:
 
 def unreachable(url: str, cause: str) -> Unreachable:
     """Return the error for a URL that does not serve."""
-    return Unreachable(f"cannot download {url}", details=cause, resolution=PROXY_ADVICE)
+    return Unreachable(f"cannot download {url}", details=cause, resolution=MIRROR_ADVICE)
 
 
 def _plain(error: Exception) -> str:

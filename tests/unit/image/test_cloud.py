@@ -184,8 +184,9 @@ def test_a_local_disk_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
 def test_a_local_disk_that_is_another_is_refused(cache: Path, tmp_path: Path, digest: str) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(raw_disk())
-    with pytest.raises(WrongDigest):
+    with pytest.raises(WrongDigest) as caught:
         get(disk_spec(path.as_uri(), digest=digest), cache)
+    assert "correct `digest` in the row test" in caught.value.resolution
     with pytest.raises(UsageError, match="there is no disk"):
         get(disk_spec((tmp_path / "none.img").as_uri()), cache)
     assert left(cache) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Site, redirect
+from tests.unit.image.conftest import Site, redirect, status
 from tests.unit.image.disks import content_of, qcow2_disk, raw_disk
 from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.image import catalog, cloud, given, http
@@ -193,6 +193,14 @@ def test_checksums_by_a_detour_over_plain_http_are_refused(
     site.behaviours[f"{PATH}.sha256"] = [redirect("/weak")]
     with pytest.raises(GuestImageError, match="not protected by TLS"):
         given.find_row(site.url + PATH, cache)
+
+
+def test_a_server_that_is_away_is_told_without_advice_on_debians_mirrors(site: Site, cache: Path) -> None:
+    site.behaviours[f"{PATH}.sha256"] = [status(503)] * 9
+    with pytest.raises(http.Unreachable) as caught:
+        given.find_row(site.url + PATH, cache)
+    assert caught.value.resolution.startswith("Check the network")
+    assert "MIRROR" not in caught.value.resolution
 
 
 def test_rows_are_nobody_elses_to_read(disk: Path, cache: Path) -> None:
