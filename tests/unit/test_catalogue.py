@@ -97,6 +97,7 @@ def test_rows_tell_where_a_disk_is_from_and_how_it_is_verified(own: Path, capsys
     assert {name: row["verified"] for name, row in found.items()} == {
         "alpine-3.22-arm64": "checksum over https",
         "debian-13-arm64": found["debian-13-arm64"]["verified"],
+        "debian-13-armhf": "signed by debian-archive-trixie-stable and 5 more",
         "debian-13-cloud-arm64": "checksum over https",
         "local": "not: a file of this host",
         "ubuntu-24.04-arm64": "signed by ubuntu-cloudimage-keyring",
