@@ -9,7 +9,7 @@ import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 
-from vmbuild.guest.archive import BLOBS
+from vmbuild.guest.oci import BLOBS
 
 ROOT = Path(__file__).parents[2] / "images" / "guest" / "root"
 PARTS = ROOT / "usr/share/vmbuild/parts"

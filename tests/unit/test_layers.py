@@ -48,6 +48,8 @@ GUEST = {
     "context",
     "docker",
     "archive",
+    "oci",
+    "bases",
 }
 COMMANDS = {"build", "machine", "top", "cache", "host"}
 
@@ -102,7 +104,9 @@ ALLOWED: dict[str, set[str]] = {
     "guest.job": GROUND | {"guest.session"},
     "guest.channel": GROUND | {"guest.session"},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
-    "guest.archive": GROUND | {"guest.session", "guest.channel"},
+    "guest.oci": GROUND | {"guest.session"},
+    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
+    "guest.bases": GROUND | {"guest.session", "guest.oci"},
     "settle": GROUND | {"image.catalog"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
     "start": GROUND
     | {"process", "settle", "image.catalog", "image.store"}

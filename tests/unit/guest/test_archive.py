@@ -19,8 +19,9 @@ import zstandard
 from tests.unit.guest.drives import DriveSession, make_channel
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
-from vmbuild.guest import archive
-from vmbuild.guest.archive import check_output, full_reference, open_output, write_archive
+from vmbuild.guest import archive, oci
+from vmbuild.guest.archive import check_output, open_output, write_archive
+from vmbuild.guest.oci import full_reference
 from vmbuild.guest.session import Feed, Output, Tick
 from vmbuild.report import SilentReporter
 
@@ -120,7 +121,7 @@ def test_by_way_of_the_drives_it_is_the_same_archive(tmp_path: Path, monkeypatch
     blobs.mkdir()
     for name, data in store.blobs.items():
         (blobs / name).write_bytes(data)
-    monkeypatch.setattr(archive, "BLOBS", str(blobs))
+    monkeypatch.setattr(oci, "BLOBS", str(blobs))
     local = tmp_path / "layer"
     local.write_bytes(other[1])
     for known in ({}, {digest(other[1]): local}):
