@@ -1,8 +1,9 @@
-"""Addresses as they are right in a guest: the host's loopback is elsewhere, and credentials stay at home."""
+"""Addresses: which can be trusted, and how they are right in a guest, where the host's loopback is elsewhere."""
 
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 HOST = "10.0.2.2"
 """The host, as a guest behind QEMU's user-mode network sees it (QEMU, net/slirp)."""
@@ -19,3 +20,14 @@ def seen_from_guest(url: str) -> str:
 def without_credentials(url: str) -> str:
     """Return a URL without `user:password@`."""
     return _CREDENTIALS.sub("", url)
+
+
+def is_protected(url: str) -> bool:
+    """Tell whether nobody on the way can alter what comes from a URL: over TLS, or from this very host."""
+    found = urlsplit(url)
+    return found.scheme in ("https", "file") or found.hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def is_place(image: str) -> bool:
+    """Tell whether a guest image is given by a path or a URL; otherwise it is a name of the catalogue."""
+    return "/" in image or image.startswith(("~", "."))

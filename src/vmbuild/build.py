@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from vmbuild import follow, operate, process, record, settle
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, bases, context, docker, oom
+from vmbuild.guest import archive, bases, context, docker, oom, sync, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -27,9 +27,10 @@ from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
 from vmbuild.model import MIB, PLATFORMS, BaseResult, BuildRequest, BuildResult, Home, MachineRequest, format_size
+from vmbuild.reach import channel_of
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import channel_of, open_session
+from vmbuild.start import open_session
 from vmbuild.whole import hash_file
 
 
@@ -63,7 +64,7 @@ def _grow(request: MachineRequest, home: Home, report: Reporter) -> MachineReque
         operate.resize(request.name, home, report, cpus=None, memory_mib=most, disk_bytes=None)
         return replace(request, memory_mib=most)
     spare = process.available_memory_bytes()
-    larger = settle.limit_memory(2 * most, settle.machine_arch(request, files))
+    larger = settle.limit_memory(2 * most, settle.machine_arch(request, files, home.cache))
     if larger <= most or (spare is not None and spare < most * MIB) or record.load_all(files.builds):
         return None  # machine or host has no more, or another build would go down with the machine
     operate.down(request.name, home, report)
@@ -81,15 +82,16 @@ def _build_once(
 ) -> BuildResult:
     begun = time.time()
     files = MachineFiles.at(home.state, request.name)
-    asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, settle.machine_arch(request, files)))
+    arch = settle.machine_arch(request, files, home.cache)
+    asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
     with open_session(request, home, report) as session:
         work = docker.make_workspace(session)
-        with _removed_on_failure(session, work):
+        with _removed_on_failure(session, work), ExitStack() as until_begun:
             placed = (
-                _place_context(source, session, work, channel_of(files), report)
+                _place_context(source, until_begun, session, work, files, report)
                 if source
                 else _leave_context(asked, stdin, session, work)
             )
@@ -145,24 +147,47 @@ class Placed:
 
 
 def _place_context(
-    source: context.Context, session: Session, work: docker.Workspace, channel: Channel, report: Reporter
+    source: context.Context,
+    until_begun: ExitStack,
+    session: Session,
+    work: docker.Workspace,
+    files: MachineFiles,
+    report: Reporter,
 ) -> Placed:
-    """Send a folder of the host into the guest."""
+    """Send a folder of the host into the guest, or what changed of it."""
     report.step("Sending the build context")
-    sent = docker.unpack_context(session, work, source.write_tar, channel, report)
+    copy = until_begun.enter_context(sync.claimed(session, source, work.folder, files.contexts))
+    where, sent = _send_context(source, copy, session, work, channel_of(files), report)
     if source.dockerfile_inside is not None:
-        return Placed(work.context, f"{work.context}/{source.dockerfile_inside}", None, sent)
-    docker.write_file(session, work.dockerfile, send(source.dockerfile_content))
+        return Placed(where, f"{where}/{source.dockerfile_inside}", None, sent)
+    transfer.write_file(session, work.dockerfile, send(source.dockerfile_content))
     # The host has left out what stays at home; BuildKit would ask the context's .dockerignore again.
-    docker.write_file(session, f"{work.dockerfile}.dockerignore", send(b"# nothing more\n"))
-    return Placed(work.context, work.dockerfile, None, sent)
+    transfer.write_file(session, f"{work.dockerfile}.dockerignore", send(b"# nothing more\n"))
+    return Placed(where, work.dockerfile, None, sent)
+
+
+def _send_context(
+    source: context.Context,
+    copy: sync.Copy | None,
+    session: Session,
+    work: docker.Workspace,
+    channel: Channel,
+    report: Reporter,
+) -> tuple[str, int]:
+    """Bring the guest's copy of a context up to date, else send all of it; return its folder and what travelled."""
+    if copy is not None:
+        try:
+            return copy.folder, sync.update(session, source, copy, channel, report)
+        except transfer.DiskFullError:  # what is kept for later builds must not be what this one fails for
+            sync.clear(session)
+    return work.context, transfer.unpack_context(session, work.context, source.write_tar, channel, report)
 
 
 def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
     if "-" not in (asked.context, asked.dockerfile):
         return Placed(asked.context, asked.dockerfile)
-    sent = docker.write_stdin(session, work, stdin)
+    sent = transfer.write_stdin(session, work.stdin, stdin)
     return Placed(asked.context, asked.dockerfile, work.stdin, sent)
 
 
@@ -195,7 +220,7 @@ def base(
     """
     spec = catalog.load_base(reference)
     files = MachineFiles.at(home.state, request.name)
-    platforms = settle.choose_platforms(platforms, settle.machine_arch(request, files))
+    platforms = settle.choose_platforms(platforms, settle.machine_arch(request, files, home.cache))
     with open_session(request, home, report) as session:
         found = bases.find(session, spec.repo_tag)
         have = found.manifests if found else {}
@@ -210,7 +235,7 @@ def base(
         report.step(f"Loading {spec.repo_tag}")
         with docker.workspace(session) as work:
             write = partial(bases.write_archive, reference=spec.repo_tag, layers=layers, others=have)
-            docker.write_file(session, work.archive, write)
+            transfer.write_file(session, work.archive, write)
             return BaseResult(spec.repo_tag, platforms, bases.load(session, work.archive, spec.repo_tag))
 
 
@@ -219,7 +244,8 @@ def _make_layer(plan: BasePlan, session: Session, channel: Channel, report: Repo
     if not base_image.is_kept(plan):
         with docker.workspace(session) as work:
             report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-            docker.unpack_tree(session, work, partial(base_image.write_plan, plan, report=report), channel)
+            tree = partial(base_image.write_plan, plan, report=report)
+            transfer.unpack_tree(session, work.context, tree, channel)
             report.step("Configuring the packages in the guest")
             with report.meter("configure", len(plan.packages), unit="packages") as meter:
                 docker.configure_tree(session, work, meter)

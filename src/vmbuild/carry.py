@@ -19,9 +19,10 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BuildResult, Home, MachineRequest
 from vmbuild.plain import read_plain
+from vmbuild.reach import existing
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import existing, fit_here, open_session
+from vmbuild.start import fit_here, open_session
 from vmbuild.whole import writing_in
 
 T = TypeVar("T")
@@ -70,6 +71,11 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
     Raises UsageError for a place that there is not, MachineError or HostError.
     """
     _check_target(target)
+    if target is not None and existing(name, home).variables.exists():
+        raise UsageError(
+            f"the machine {name} boots a disk with a firmware, and cannot be packed as a bundle",
+            resolution=f"`vmbuild suspend {name}` without a place saves it here.",
+        )
     saved = operate.suspend(name, home, report)
     if target is not None:
         files = existing(name, home)

@@ -32,9 +32,9 @@ from vmbuild.lock import attempt, hold
 from vmbuild.machine import lifetime, serial
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import MIB, BuildResult, Home, MachineStatus, format_size
+from vmbuild.reach import channel_of, existing, running_session
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
-from vmbuild.start import channel_of, existing, running_session
 from vmbuild.whole import write_whole
 
 RECONNECT_S = 120.0

@@ -99,7 +99,7 @@ PLATFORM_ALIASES = {"linux/arm64/v8": "linux/arm64", "linux/arm": "linux/arm/v7"
 
 
 def parse_platforms(text: str) -> tuple[str, ...]:
-    """Return the platforms of a list with commas, by their names in PLATFORMS, in its order.
+    """Return the platforms of a list with commas, by their names in PLATFORMS, as they come.
 
     Raises UsageError for one that nobody knows, and for one that is there twice.
     """
@@ -167,6 +167,10 @@ class ApplianceSpec(ImageSpec):
     kernel_args: tuple[str, ...]
 
 
+SYSTEMS = ("apt", "apk")
+"""The package systems by which Docker can get into a disk (images/guest/disk/provision)."""
+
+
 @dataclass(frozen=True)
 class ConsoleLogin:
     """How to log in on a serial console: the prompts, as regular expressions, and what is answered."""
@@ -184,8 +188,8 @@ class DiskSpec(ImageSpec):
 
     `url` is `https:`, `http:` or `file:`. It is verified by `digest` (`sha256:...` or `sha512:...`), else by its line
     in the file at `checksums`, which the keyrings must have signed where `signature` is given: a URL of its own, or
-    the checksums' own for a signature within. `system` chooses how Docker gets into it; it is first entered by `login`
-    on the serial console, or through cloud-init when that is None.
+    the checksums' own for a signature within. `system`, one of SYSTEMS, is how Docker gets into it; it is first
+    entered by `login` on the serial console, or through cloud-init when that is None.
     """
 
     kind: ClassVar[str] = "disk"

@@ -13,8 +13,9 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB, LEAST_MEMORY_MIB, grow_disk, set_memory
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, Home, MachineRequest, MachineStatus, format_size
+from vmbuild.reach import connect, existing, running_session
 from vmbuild.report import Reporter
-from vmbuild.start import connect, existing, open_session, running_session
+from vmbuild.start import open_session
 
 POWER_OFF_S = 60.0
 """How long a guest may take to power off: Docker alone has ten seconds, on a busy host more."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 import platformdirs
 
+from vmbuild.address import is_place
 from vmbuild.errors import UsageError
 from vmbuild.model import (
     ARCH_DEFAULTS,
@@ -36,7 +37,7 @@ MAX_CPUS = 512
 
 @dataclass(frozen=True)
 class Setting:
-    """One option. `parse` raises UsageError or ValueError; `trusted_only` keys are not taken from a project's file."""
+    """One option. `parse` raises UsageError or ValueError; a project's file may not say what is `trusted_only`."""
 
     key: str
     metavar: str
@@ -44,7 +45,7 @@ class Setting:
     default: Callable[[], str]
     default_text: str
     parse: Callable[[str], Any]
-    trusted_only: bool = False
+    trusted_only: Callable[[str], bool] = lambda _: False
 
     @property
     def flag(self) -> str:
@@ -132,6 +133,11 @@ def _parse_folder(text: str) -> Path:
         raise ValueError(str(error)) from error
 
 
+def _parse_image(text: str) -> str:
+    """Return a name of the catalogue or a URL as it is, a path made absolute."""
+    return str(_parse_folder(text)) if is_place(text) and "://" not in text else text
+
+
 def _host_cpus() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return str(min(usable, MAX_CPUS))
@@ -140,6 +146,10 @@ def _host_cpus() -> str:
 def _host_memory() -> str:
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return f"{max(512, min(4096, half // MIB))}M"
+
+
+def _always(text: str) -> bool:  # noqa: ARG001
+    return True
 
 
 def _off() -> str:
@@ -159,8 +169,9 @@ SETTINGS = (
     Setting("memory", "SIZE", "Memory of the machine.", _host_memory, "half the host's, up to 4G", _parse_memory),
     Setting("disk", "SIZE", "Disk of the machine, sparse; can grow, never shrink.", lambda: "40G", "40G", _parse_disk),
     Setting(
-        *("image", "IMAGE", "Guest image.", lambda: ARCH_DEFAULTS[Arch.ARM64].image),
-        *("debian-13-arm64; debian-13-armhf of a 32-bit machine", str),
+        *("image", "IMAGE", "Guest image: a name of the catalogue, or a disk's path or URL#sha256=HEX."),
+        lambda: ARCH_DEFAULTS[Arch.ARM64].image,
+        *("debian-13-arm64; debian-13-armhf of a 32-bit machine", _parse_image, is_place),
     ),
     Setting("timeout", "TIME", "How long to wait until Docker answers.", lambda: "300s", "300s", _parse_seconds),
     Setting("time_limit", "TIME", "Suspend the machine before a build has taken so long.", _off, "off", _parse_limit),
@@ -172,11 +183,11 @@ SETTINGS = (
     ),
     Setting(
         *("mirror", "URL", "Debian mirror to fetch packages from.", lambda: "auto"),
-        *("auto: the one this host's apt uses, else the catalogue's", _parse_url, True),
+        *("auto: the one this host's apt uses, else the catalogue's", _parse_url, _always),
     ),
     Setting(
         *("security_mirror", "URL", "Debian security mirror.", lambda: "auto"),
-        *("auto, as for the mirror", _parse_url, True),
+        *("auto, as for the mirror", _parse_url, _always),
     ),
     Setting(
         *(
@@ -185,11 +196,11 @@ SETTINGS = (
             "Guest images, snapshots and downloads; may be deleted.",
             lambda: platformdirs.user_cache_dir("vmbuild"),
         ),
-        *("the user's cache folder", _parse_folder, True),
+        *("the user's cache folder", _parse_folder, _always),
     ),
     Setting(
         *("state_dir", "FOLDER", "The machines: disks, keys, logs.", lambda: platformdirs.user_state_dir("vmbuild")),
-        *("the user's state folder", _parse_folder, True),
+        *("the user's state folder", _parse_folder, _always),
     ),
 )
 BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -277,10 +288,10 @@ def _read_file(path: Path) -> dict[str, str]:
 
 
 def _refuse_untrusted(path: Path, found: Mapping[str, str]) -> None:
-    for key in found:
-        if BY_KEY[key].trusted_only:
+    for key, text in found.items():
+        if BY_KEY[key].trusted_only(text):
             raise UsageError(
-                f"{path} must not set {key!r}",
+                f"{path} must not set {key!r}" + (f" to {text}" if key == "image" else ""),
                 details="A project's file comes with the project; it may not say where your files go or come from.",
                 resolution=f"Set it in your own configuration file, or as {BY_KEY[key].env}.",
             )

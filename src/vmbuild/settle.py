@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from vmbuild.errors import UsageError
-from vmbuild.image import catalog
+from vmbuild.image import catalog, given
 from vmbuild.machine import lifetime
 from vmbuild.machine.argv import ROWS
 from vmbuild.machine.facts import load_facts
@@ -20,27 +22,32 @@ RUNS = {
 """The platforms that a machine of an architecture builds for, its own first."""
 
 
-def settle(request: MachineRequest, files: MachineFiles) -> MachineRequest:
+def settle(request: MachineRequest, files: MachineFiles, cache: Path) -> MachineRequest:
     """Return the request with what follows from the machine's architecture, the same for every start of it.
 
-    A machine that is there keeps its architecture when none is asked for. Raises UsageError when it is at work as
-    another than the one that is asked for, and for more CPUs or memory than its architecture can have.
+    A machine that is there keeps its architecture and guest image when none is asked for. Raises UsageError when it is
+    at work as another than the one that is asked for, and for more CPUs or memory than its architecture can have.
     """
-    arch = machine_arch(request, files)
+    arch = machine_arch(request, files, cache)
     if not {"arch", "image"} & request.given:
-        request = replace(request, image=_usual_image(request, arch))
+        request = replace(request, image=_usual_image(request, files, arch, cache))
     return fit(request, arch)
 
 
-def _usual_image(request: MachineRequest, arch: Arch) -> str:
-    is_of_it = catalog.load_image(request.image).arch == arch
-    return request.image if is_of_it else ARCH_DEFAULTS[arch].image
+def _usual_image(request: MachineRequest, files: MachineFiles, arch: Arch, cache: Path) -> str:
+    """Return the guest image that the machine had, else the architecture's own."""
+    facts, folders = load_facts(files), catalog.find_folders(cache)
+    for name in (facts.image, request.image) if facts is not None else (request.image,):
+        with suppress(UsageError):  # its row is gone
+            if catalog.load_image(name, folders).arch == arch:  # by its name only: the facts may be a bundle's
+                return name
+    return ARCH_DEFAULTS[arch].image
 
 
-def machine_arch(request: MachineRequest, files: MachineFiles) -> Arch:
+def machine_arch(request: MachineRequest, files: MachineFiles, cache: Path) -> Arch:
     """Return the architecture that the machine has or gets. Raises UsageError when it is at work as another."""
     facts = load_facts(files)
-    asked = choose_image(request).arch
+    asked = choose_image(request, cache).arch
     if facts is None or facts.arch == asked:
         return asked
     if not {"arch", "image"} & request.given:
@@ -54,9 +61,9 @@ def machine_arch(request: MachineRequest, files: MachineFiles) -> Arch:
     )
 
 
-def choose_image(request: MachineRequest) -> ImageSpec:
-    """Return the catalogue's row for a request. Raises UsageError when it contradicts the architecture asked for."""
-    spec = catalog.load_image(request.image)
+def choose_image(request: MachineRequest, cache: Path) -> ImageSpec:
+    """Return the row of a request's guest image. Raises UsageError when it contradicts the architecture asked for."""
+    spec = given.find_row(request.image, cache, arch=request.arch or Arch.ARM64)
     if request.arch not in (None, spec.arch):
         raise UsageError(
             f"the guest image {spec.name} is for {arch_name(spec.arch)}, and --arch asks for {arch_name(request.arch)}",

@@ -6,35 +6,37 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vmbuild import process, record, settle
+from vmbuild import process, provision, record, settle
+from vmbuild.address import is_place
 from vmbuild.deadline import Deadline
-from vmbuild.errors import GuestError, HostError, MachineError, UsageError
-from vmbuild.guest import clock, ready, seed, ssh
-from vmbuild.guest.channel import Channel
+from vmbuild.errors import GuestError, HostError, MachineError
+from vmbuild.guest import clock, seed
 from vmbuild.guest.session import Session
-from vmbuild.image import catalog, store
+from vmbuild.image import catalog, given, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
-from vmbuild.machine.probe import Qemu, probe
+from vmbuild.machine.probe import Qemu, probe_for
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import (
     GIB,
     MIB,
-    Endpoint,
+    DiskSpec,
     GuestImage,
     Home,
+    KernelBoot,
     MachineRequest,
     MachineSpec,
     MachineStatus,
     arch_name,
     format_size,
 )
+from vmbuild.reach import wait_ready, write_seed
 from vmbuild.report import Reporter
 
 WAKE_S = 20.0
@@ -47,6 +49,8 @@ SPARE_BYTES = GIB
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
+    if is_place(request.image):
+        request = replace(request, image=given.find_row(request.image, home.cache).name)
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
@@ -62,7 +66,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
 
 def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
     """Start the machine and wait for its guest; None when it runs already."""
-    request = settle.settle(request, files)
+    request = settle.settle(request, files, home.cache)
     if "disk" in request.demanded:
         lifetime.check_disk(files, request.disk_bytes)
     if _is_running(request, files, report):
@@ -71,7 +75,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
         return go_on(kept_here, request, files, home, report)
     shape = shape_of(request.name, request, home, report)
     record.forget_all(files.builds)
-    lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given)
+    lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given, firmware=shape.qemu.firmware)
     write_seed(files, f"vmbuild-{request.name}", seed.proxies(os.environ))
     kept = snapshot.find(home.cache, shape.key) if shape.key else None
     if kept is not None:
@@ -101,13 +105,6 @@ def _seen_to_work(files: MachineFiles) -> Iterator[None]:
         raise
 
 
-def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Session:
-    """Return a session in a machine's guest when it is ready. Raises GuestError, or MachineError when QEMU is gone."""
-    return ready.wait_ready(
-        lambda limit: connect(files, limit), lambda: lifetime.check_running(files), deadline, report
-    )
-
-
 @dataclass(frozen=True)
 class Shape:
     """A machine as it is asked for, the QEMU for it, and the key of its snapshot; None where none will do."""
@@ -121,9 +118,10 @@ def shape_of(name: str, request: MachineRequest, home: Home, report: Reporter) -
     """Return what a machine is asked to be, its guest image at hand. Raises GuestImageError or HostError."""
     image = fetch_image(request, home, report)
     spec = MachineSpec(name, request.cpus, request.memory_mib, request.disk_bytes, image)
-    qemu = probe(image.arch, home.cache)
-    # With a real CPU under it a guest boots fast, and its memory is bound to that CPU.
-    wanted = request.snapshots and qemu.accel == "tcg"
+    qemu = probe_for(image, home.cache)
+    # With a real CPU under it a guest boots fast, and its memory is bound to that CPU. A disk's own system cannot be
+    # parked.
+    wanted = request.snapshots and qemu.accel == "tcg" and isinstance(image.boot, KernelBoot)
     return Shape(spec, qemu, snapshot.shape_key(spec, qemu) if wanted else None)
 
 
@@ -149,13 +147,6 @@ def _is_running(request: MachineRequest, files: MachineFiles, report: Reporter) 
     if now.state == "restoring":  # we hold the lock: whoever began this is gone
         lifetime.stop(files, Deadline.after(0))
     return False
-
-
-def write_seed(files: MachineFiles, hostname: str, environment: Mapping[str, str]) -> None:
-    """Write what the guest is told before it first listens. Raises HostError."""
-    seed.write_seed(
-        files.seed, hostname=hostname, client_key=files.client_key, host_key=files.host_key, environment=environment
-    )
 
 
 def _restore(
@@ -205,13 +196,14 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
 def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> tuple[MachineSpec, Qemu]:
     """Return the machine that can go on from a suspension on this host, and the QEMU for it. Raises MachineError."""
     image = _image_of(kept, request, home, report)
-    qemu = probe(image.arch, home.cache)
+    qemu = probe_for(image, home.cache)
     return suspension.fit(kept, MachineSpec(request.name, request.cpus, request.memory_mib, 0, image), qemu), qemu
 
 
 def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
-    spec = catalog.load_image(kept.facts.image)
+    # By its name only: the facts may be a bundle's, whose maker must not have a file of this host or a URL taken.
+    spec = catalog.load_image(kept.facts.image, catalog.find_folders(home.cache))
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)
     return found or fetch_image(replace(request, image=spec.name, arch=None), home, report)
 
@@ -245,10 +237,14 @@ def _has_room(request: MachineRequest, home: Home) -> bool:
     return (memory is None or memory > needed) and shutil.disk_usage(home.cache).free > needed
 
 
-def fetch_image(request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
-    """Return the guest image from the cache, assembling it first where it is not there."""
-    mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
-    return store.ensure(settle.choose_image(request), mirrors, home.cache, report)
+def fetch_image(request: MachineRequest, home: Home, report: Reporter, *, refresh: bool = False) -> GuestImage:
+    """Return the guest image from the cache, made first where it is not there, or with `refresh` of what is new."""
+    spec = settle.choose_image(request, home.cache)
+    with store.renewing(spec, home.cache, report) if refresh else nullcontext():
+        if isinstance(spec, DiskSpec):
+            return provision.ensure(spec, request, home, report)
+        mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
+        return store.ensure(spec, mirrors, home.cache, report)
 
 
 def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Reporter) -> None:
@@ -272,49 +268,3 @@ def _warn_of_differences(request: MachineRequest, now: MachineStatus, report: Re
                 f"the machine {request.name} runs with {key} {has[key]}; "
                 f"{asked[key]} takes effect after `vmbuild down {request.name}`"
             )
-
-
-def connect(files: MachineFiles, limit: Deadline) -> Session:
-    """Return a session in a machine's guest. Raises GuestError or MachineError."""
-    return ssh.SshSession.connect(_endpoint(files), limit, lambda: lifetime.check_running(files))
-
-
-def _endpoint(files: MachineFiles) -> Endpoint:
-    now = lifetime.status(files)
-    if now.ssh_port is None:
-        raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
-    return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
-
-
-def channel_of(files: MachineFiles) -> Channel:
-    """Return the drives of a machine that carry bulk data."""
-    return Channel(files.inbox, files.outbox, files.folder / ".boxes.lock")
-
-
-@contextmanager
-def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
-    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
-    files = MachineFiles.at(home.state, name)
-    state = lifetime.status(files).state
-    if state == "suspended":
-        lifetime.check_alive(files)
-    if state != "running":
-        raise MachineError(
-            f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
-        )
-    session = connect(files, Deadline.after(limit_s))
-    try:
-        yield session
-    finally:
-        session.close()
-
-
-def existing(name: str, home: Home) -> MachineFiles:
-    """Return the files of a machine that there is. Raises UsageError when there is none by this name."""
-    files = MachineFiles.at(home.state, name)
-    if not files.folder.exists():
-        raise UsageError(
-            f"there is no machine named {name}",
-            resolution=f"Make it with `vmbuild up --name {name}`, or see `vmbuild list`.",
-        )
-    return files

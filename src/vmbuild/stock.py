@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmbuild import process, settle
+from vmbuild.address import without_credentials
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestImageError, HostError, UsageError
-from vmbuild.image import catalog, store
+from vmbuild.image import catalog, cloud, given, store
+from vmbuild.image import prune as pruning
 from vmbuild.lock import hold
 from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
-from vmbuild.machine.probe import probe
-from vmbuild.model import Freed, GuestImage, Home, ImageSpec, MachineRequest, MachineSpec
+from vmbuild.machine.probe import probe_for
+from vmbuild.model import (
+    ApplianceSpec,
+    DiskSpec,
+    Freed,
+    GuestImage,
+    Home,
+    ImageSpec,
+    KernelBoot,
+    MachineRequest,
+    MachineSpec,
+)
+from vmbuild.reach import wait_ready, write_seed
 from vmbuild.report import Reporter
-from vmbuild.start import Shape, shape_of, wait_ready, write_seed
+from vmbuild.start import Shape, shape_of
 
 PARK_S = 120.0
 SAVE_S = 300.0
@@ -27,7 +41,11 @@ SAVE_S = 300.0
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A guest image of the catalogue; digest and size only where it is assembled already."""
+    """A guest image of the catalogue; digest and size only where it is in the cache.
+
+    `source` is where it is from, `verified` how that is known to be right; `fetched_digest` and `fetched_bytes` are of
+    a disk as it was downloaded. `origin` is the row's file, `hides` are files that would have a row of this name too.
+    """
 
     name: str
     kind: str
@@ -35,7 +53,12 @@ class ImageRow:
     description: str
     digest: str | None
     size_bytes: int | None
+    source: str
+    verified: str
+    fetched_digest: str | None
+    fetched_bytes: int | None
     origin: Path
+    hides: tuple[Path, ...]
 
 
 def list_snapshots(home: Home) -> list[snapshot.Snapshot]:
@@ -52,9 +75,11 @@ def make_snapshot(
     """
     if in_background:
         process.give_way(os.getpid())
-    request = settle.fit(replace(request, snapshots=True), settle.choose_image(request).arch)
+    request = settle.fit(replace(request, snapshots=True), settle.choose_image(request, home.cache).arch)
     shape = shape_of("snapshot", request, home, report)
     if shape.key is None:
+        if not isinstance(shape.spec.image.boot, KernelBoot):
+            raise UsageError(f"the guest image {shape.spec.image.name} is a disk, of which no snapshot can be made")
         raise UsageError("snapshots serve machines that QEMU emulates; this host runs them on its own CPU")
     with hold(snapshot.lock_file(home.cache, shape.key), report, "makes this snapshot"):
         return snapshot.find(home.cache, shape.key) or _boot_and_save(shape, shape.key, request, home, report)
@@ -89,13 +114,45 @@ def _give_way_too(files: MachineFiles) -> None:
 
 def list_images(home: Home) -> list[ImageRow]:
     """Return every guest image of the catalogue, and what of it is in the cache."""
-    rows = []
-    for spec in catalog.list_images():
-        found = store.find(spec, home.cache)
-        digest, size = (found.digest, found.size_bytes) if found else (None, None)
-        origin = spec.folder / f"{spec.name}.toml"
-        rows.append(ImageRow(spec.name, spec.kind, str(spec.arch), spec.description, digest, size, origin))
-    return rows
+    folders = catalog.find_folders(home.cache)
+    return [_row_of(spec, home, folders) for spec in catalog.list_images(folders)]
+
+
+def _row_of(spec: ImageSpec, home: Home, folders: list[Path]) -> ImageRow:
+    found = store.find(spec, home.cache)
+    fetched = cloud.find(spec, home.cache) if isinstance(spec, DiskSpec) else None
+    return ImageRow(
+        name=spec.name,
+        kind=spec.kind,
+        arch=str(spec.arch),
+        description=spec.description,
+        digest=found.digest if found else None,
+        size_bytes=found.size_bytes if found else None,
+        source=_source_of(spec),
+        verified=_how_verified(spec),
+        fetched_digest=fetched.source_digest if fetched else None,
+        fetched_bytes=fetched.size_bytes if fetched else None,
+        origin=spec.folder / f"{spec.name}.toml",
+        hides=tuple(catalog.find_shadowed(spec, folders)),
+    )
+
+
+def _source_of(spec: ImageSpec) -> str:
+    if isinstance(spec, ApplianceSpec):
+        return "packages: " + ", ".join(sorted({each.public_url for each in spec.repositories}))
+    assert isinstance(spec, DiskSpec)  # noqa: S101 - there are two kinds
+    return without_credentials(spec.url)
+
+
+def _how_verified(spec: ImageSpec) -> str:
+    if isinstance(spec, DiskSpec) and spec.digest is not None:
+        return "given digest"
+    if isinstance(spec, DiskSpec) and spec.checksums is None:
+        return "not: a file of this host"
+    if isinstance(spec, DiskSpec) and spec.signature is None:
+        return f"checksum over {(spec.checksums or '').partition(':')[0]}"
+    first, *more = (path.stem for path in spec.keyrings)
+    return f"signed by {first}" + (f" and {len(more)} more" if more else "")
 
 
 def verify_images(home: Home) -> list[store.Check]:
@@ -105,13 +162,26 @@ def verify_images(home: Home) -> list[store.Check]:
 
 def prune(home: Home, report: Reporter, *, everything: bool) -> list[Freed]:
     """Delete from the cache what no machine would start from any more; with `everything`, all that none still needs."""
-    specs = catalog.list_images()
-    freed = store.prune(specs, home.cache, report, everything=everything, needed=_needed_images(home))
+    needed = _needed_images(home)
+    specs = catalog.list_images(catalog.find_folders(home.cache))
+    specs = [spec for spec in specs if not _forget_given(spec, home, needed, everything=everything)]
+    freed = pruning.prune(specs, home.cache, report, everything=everything, needed=needed)
     for left in snapshot.abandoned(home.cache):
         lifetime.stop(left, Deadline.after(0))
         shutil.rmtree(left.folder, ignore_errors=True)
     images = list(filter(None, (_find_whole(spec, home) for spec in specs)))
     return freed + snapshot.prune(home.cache, lambda kept: not everything and _is_current(kept, images, home))
+
+
+def _forget_given(spec: ImageSpec, home: Home, needed: Mapping[str, str], *, everything: bool) -> bool:
+    """Delete a row that was made of a place, when that has another disk by now; tell whether it is gone."""
+    if spec.folder != home.cache / "given" or not (everything or given.is_outdated(spec, home.cache)):
+        return False
+    found = _find_whole(spec, home)
+    if found is not None and found.digest in needed:
+        return False
+    (spec.folder / f"{spec.name}.toml").unlink()
+    return True
 
 
 def _needed_images(home: Home) -> dict[str, str]:
@@ -137,5 +207,5 @@ def _is_current(kept: snapshot.Snapshot, images: list[GuestImage], home: Home) -
         if image.digest == kept.image_digest:
             spec = MachineSpec("", kept.cpus, kept.memory_mib, 0, image)
             with suppress(HostError):
-                return snapshot.shape_key(spec, probe(image.arch, home.cache)) == kept.key
+                return snapshot.shape_key(spec, probe_for(image, home.cache)) == kept.key
     return False

@@ -17,7 +17,7 @@ from vmbuild.machine import lifetime
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Home, MachineStatus
-from vmbuild.start import connect, existing
+from vmbuild.reach import connect, existing
 
 T = TypeVar("T")
 

@@ -84,7 +84,7 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         file.write(data)
 
 
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """Return a file's digest in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -31,7 +31,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_lists_its_catalogue(installed: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "HOME": str(tmp_path), "VMBUILD_CACHE_DIR": str(tmp_path / "cache")}
+    own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XDG_CONFIG_HOME")}
+    env = {**own, "HOME": str(tmp_path), "VMBUILD_CACHE_DIR": str(tmp_path / "cache")}
     out = subprocess.check_output([str(installed / "bin/vmbuild"), "images", "--json"], cwd=tmp_path, env=env)
     rows = json.loads(out)
     assert "debian-13-arm64" in {row["name"] for row in rows}

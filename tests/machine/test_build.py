@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,6 +167,12 @@ def test_a_file_of_300_mb(based: Cli, context: Path) -> None:
             big.write(block)
     based.ok("build", str(context), "-t", "big:1")
     assert based.guest("docker run --rm big:1 cat /sum").split()[0] == digest.hexdigest()
+    # The guest keeps what it was sent; so does BuildKit, which knows the folder again.
+    (context / "small").write_text("new")
+    done = based.ok("build", str(context), "-t", "big:2", "--no-cache", "--json")
+    assert done.json()["context_bytes"] < 100_000
+    assert re.search(r"transferring context: [0-9.]+k?B .*done", done.err), "it took over megabytes"
+    assert based.guest("docker run --rm big:2 cat /sum").split()[0] == digest.hexdigest()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")

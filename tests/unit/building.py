@@ -14,7 +14,7 @@ import zstandard
 from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import VmbuildError
-from vmbuild.guest import channel, job
+from vmbuild.guest import channel, job, sync
 from vmbuild.guest.oci import BLOBS
 from vmbuild.guest.session import ConnectionLostError
 
@@ -48,6 +48,7 @@ class Guest(FakeSession):
             (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
             (("cat",), Reply(stdout=MANIFEST)),
             ((job.PROGRAM,), Reply()),
+            ((sync.PROGRAM, "claim"), Reply(stdout=b"none\n")),
             (("rm",), Reply()),
             (("test",), Reply()),
             (("cut",), Reply(stdout=b"50.0\n")),
@@ -101,7 +102,7 @@ class Guest(FakeSession):
         (call,) = self.shells("unpack")
         plain = zstandard.ZstdDecompressor().decompressobj().decompress(call.stdin)
         with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
-            return tar.getnames()
+            return [name.partition("/")[2] for name in tar.getnames() if "/" in name]
 
     def removed(self) -> list[str]:
         """Return the workspaces of builds that were ended and removed, in this order."""

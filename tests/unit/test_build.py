@@ -87,7 +87,7 @@ def test_standard_input_goes_before_the_build(run: Callable[..., Guest], place: 
     assert (sent.argv[-1], sent.stdin) == ("/w/stdin", b"FROM scratch")
     (built,) = guest.ran(job.PROGRAM, "start")
     assert built.argv[2:5] == ("/w", "80", "24")
-    assert built.argv[8:10] == ("/w/stdin", docker.BUILDX)
+    assert built.argv[8:11] == ("/w/stdin", "env", f"BUILDX_CONFIG={docker.BUILDX_CONFIG}")
 
 
 def test_a_dockerfile_elsewhere_brings_its_own_rules(run: Callable[..., Guest], context: Path, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_machine_grows_for_its_build(
     guest = Flaky(log=b"[   99.000000] " + KILLED)
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: guest)
     monkeypatch.setattr(operate, "_power_off", lambda *_: lifetime.stop(machine, Deadline.after(0)))
     monkeypatch.setattr(process, "available_memory_bytes", lambda: 64 << 30)

@@ -18,7 +18,7 @@ import zstandard
 from tests.unit.building import IMAGE, METADATA, Guest
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import carry, operate, record, start
+from vmbuild import carry, operate, reach, record, start
 from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
@@ -77,9 +77,9 @@ def world(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("CI", "true")  # no snapshot is made in the background
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
     monkeypatch.setattr(store, "find_digest", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: world.guest)
-    monkeypatch.setattr(start, "connect", lambda *_: world.guest)
+    monkeypatch.setattr(reach, "connect", lambda *_: world.guest)
     monkeypatch.chdir(world.cwd)
     with start.open_session(replace(REQUEST, name="box", cpus=2, memory_mib=2048), world.here, SilentReporter()):
         pass
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_told_before_anything_is_unpacked(
     monkeypatch.setattr(bundle, "unpack", unpack)
     with pytest.raises(UsageError, match="suspended with memory 2048"):
         world.resume(memory_mib=4096, demanded=frozenset({"memory"}))
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu(accel="kvm"))
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu(accel="kvm"))
     with pytest.raises(MachineError, match="cannot go on") as caught:
         world.resume()
     assert "under kvm" in caught.value.details
@@ -727,3 +727,11 @@ def test_a_place_that_there_is_not_suspends_nothing(world: World, tmp_path: Path
     with pytest.raises(UsageError, match="cannot write a bundle"):
         carry.suspend("box", tmp_path / "none" / "b.vmbundle", world.here, SilentReporter())
     assert not MachineFiles.at(world.here.state, "box").suspension.exists()
+
+
+def test_a_machine_that_boots_a_disk_is_not_packed(world: World, tmp_path: Path) -> None:
+    files = MachineFiles.at(world.here.state, "box")
+    files.variables.touch()
+    with pytest.raises(UsageError, match="cannot be packed as a bundle"):
+        carry.suspend("box", tmp_path / "b.vmbundle", world.here, SilentReporter())
+    assert not files.suspension.exists()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from vmbuild.guest.oci import BLOBS
+from vmbuild.model import SYSTEMS
 
 ROOT = Path(__file__).parents[2] / "images" / "guest" / "root"
 PARTS = ROOT / "usr/share/vmbuild/parts"
@@ -44,3 +48,80 @@ def test_docker_is_asked_to_end_before_containerd_and_neither_is_waited_for_for_
                 time.sleep(0.01)
         subprocess.run(["sh", "-c", script], check=True, timeout=10)
         assert (tmp_path / "log").read_text().split() == names
+
+
+DISK = ROOT.parent / "disk"
+SCRIPTS = [
+    *(
+        path
+        for path in (ROOT / "usr/lib/vmbuild").rglob("*")
+        if path.is_file() and path.read_text().startswith("#!/bin/sh")
+    ),
+    *(DISK / "root/usr/lib/vmbuild").iterdir(),
+    *(PARTS, DISK / "provision", DISK / "root/usr/share/vmbuild/own"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_shell(script: Path) -> None:
+    subprocess.run(["sh", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_docker_gets_into_a_disk_of_every_package_system(system: str) -> None:
+    script = (DISK / "provision").read_text()
+    assert f"\ninstall_{system}() {{\n" in script
+    assert f"\nWANTED_{system}=" in script
+
+
+def test_a_disk_is_told_of_docker_what_the_appliance_is_but_for_containerd() -> None:
+    """Where a distribution's own unit names containerd already, naming it twice keeps dockerd from starting."""
+    appliance, disk = (json.loads((root / "etc/docker/daemon.json").read_text()) for root in (ROOT, DISK / "root"))
+    assert appliance.pop("containerd")
+    assert disk == appliance
+
+
+def test_a_disk_restarts_the_ssh_server_that_it_has() -> None:
+    own = (DISK / "root/usr/share/vmbuild/own").read_text().replace("/run/systemd/system", "/nonexistent")
+    script = own.replace("rc-service", "rc_service") + 'rc_service() { echo "$@"; }; restart_sshd'
+    assert subprocess.check_output(["sh", "-c", script]) == b"-q sshd restart\n"
+
+
+WITH_SFDISK = ["sfdisk -q --no-reread --force -N 1 /dev/vda", "partx -u /dev/vda"]
+WITH_GROWPART = ["growpart /dev/vda 1"]
+
+
+@pytest.mark.parametrize(
+    ("size", "there", "wanted"),
+    [
+        (2048 + 40_000 + 33, ("sfdisk", "growpart"), []),
+        (100_000, ("sfdisk", "growpart"), WITH_SFDISK),
+        (100_000, ("growpart",), WITH_GROWPART),
+    ],
+)
+def test_a_partition_grows_when_there_is_room_behind_it(
+    tmp_path: Path, size: int, there: tuple[str, ...], wanted: list[str]
+) -> None:
+    part = tmp_path / "devices" / "vda" / "vda1"
+    part.mkdir(parents=True)
+    for name, number in (("partition", 1), ("start", 2048), ("size", 40_000)):
+        (part / name).write_text(f"{number}\n")
+    (part.parent / "size").write_text(f"{size}\n")
+    block = tmp_path / "class"
+    block.mkdir()
+    (block / "vda").symlink_to(part.parent)
+    (block / "vda1").symlink_to(part)
+    (tmp_path / "mounts").write_text("rootfs / rootfs rw 0 0\n/dev/vda1 / ext4 rw 0 0\n")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("partx", "resize2fs", *there):
+        (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >>"{tmp_path}/ran"\n')
+        (tools / tool).chmod(0o755)
+    script = (DISK / "root/usr/lib/vmbuild/grow").read_text()
+    for tool in ("awk", "tail", "basename", "readlink", "cat"):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    script = script.replace("PATH=/usr/sbin:/usr/bin:/sbin:/bin", f"PATH={tools}")
+    script = script.replace("/proc/mounts", f"{tmp_path}/mounts")
+    subprocess.run(["/bin/sh", "-c", script.replace("/sys/class/block", str(block))], check=True)
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert ran == [*wanted, "resize2fs /dev/vda1"]

@@ -15,13 +15,31 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
 GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
-IMAGE = {"tree", "rootfs", "kernel", "catalog", "http", "fetch", "mirrors", "packages", "debian", "appliance", "base"}
+IMAGE = {
+    *(
+        "tree",
+        "rootfs",
+        "kernel",
+        "table",
+        "disk_row",
+        "catalog",
+        "http",
+        "fetch",
+        "mirrors",
+        "packages",
+        "signature",
+        "debian",
+    ),
+    *("appliance", "checksums", "disk", "cloud", "given", "store", "prune", "base"),
+}
 MACHINE = {
     "files",
+    "firmware",
     "probe",
     "argv",
     "qmp",
     "serial",
+    "login",
     "control",
     "migration",
     "facts",
@@ -39,6 +57,7 @@ GUEST = {
     "job",
     "channel",
     "seed",
+    "firstboot",
     "ssh",
     "terminal",
     "ready",
@@ -47,6 +66,9 @@ GUEST = {
     "resources",
     "context",
     "docker",
+    "listing",
+    "sync",
+    "transfer",
     "archive",
     "oci",
     "bases",
@@ -65,23 +87,38 @@ ALLOWED: dict[str, set[str]] = {
     "record": {"plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
-    "image.catalog": GROUND,
+    "image.table": GROUND,
+    "image.disk_row": GROUND | {"image.table"},
+    "image.catalog": GROUND | {"image.table", "image.disk_row"},
     "image.http": GROUND,
     "image.fetch": GROUND | {"image.http"},
     "image.mirrors": GROUND,
     "image.packages": GROUND | {"image.fetch"},
-    "image.debian": GROUND | {"process", "image.fetch", "image.mirrors", "image.packages"},
+    "image.signature": GROUND | {"process"},
+    "image.debian": GROUND | {"image.fetch", "image.mirrors", "image.packages", "image.signature"},
+    "image.checksums": GROUND,
+    "image.disk": GROUND | {"process"},
+    "image.cloud": GROUND | {"image.checksums", "image.disk", "image.fetch", "image.signature"},
     "image.rootfs": GROUND | {"image.tree", "image.packages"},
     "image.kernel": GROUND | {"image.tree"},
     "image.appliance": GROUND | {"process", "image.tree", "image.rootfs", "image.kernel", "image.packages"},
-    "image.base": GROUND | {f"image.{name}" for name in IMAGE - {"base", "appliance", "kernel"}},
-    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base"}},
+    "image.base": GROUND
+    | {
+        f"image.{name}"
+        for name in IMAGE
+        - {"base", "appliance", "kernel", "cloud", "disk", "disk_row", "checksums", "given", "store", "prune"}
+    },
+    "image.given": GROUND | {"image.catalog", "image.checksums", "image.fetch"},
+    "image.store": GROUND | {f"image.{name}" for name in IMAGE - {"base", "given", "store", "prune"}},
+    "image.prune": GROUND | {"image.cloud", "image.store"},
     "machine.files": GROUND,
-    "machine.probe": GROUND | {"process"},
+    "machine.firmware": GROUND,
+    "machine.probe": GROUND | {"process", "machine.firmware"},
     "machine.argv": GROUND | {"machine.files", "machine.probe"},
     "machine.qmp": GROUND,
     "machine.serial": GROUND | {"machine.qmp"},
-    "machine.control": GROUND | {"machine.files"},
+    "machine.login": GROUND | {"machine.qmp", "machine.serial"},
+    "machine.control": GROUND | {"machine.files", "machine.serial"},
     "machine.migration": GROUND | {"machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.sparse": GROUND,
@@ -94,43 +131,57 @@ ALLOWED: dict[str, set[str]] = {
     "guest.session": GROUND,
     "guest.keys": GROUND,
     "guest.seed": GROUND | {"guest.keys"},
+    "guest.firstboot": GROUND | {"guest.seed"},
     "guest.ssh": GROUND | {"guest.session"},
     "guest.terminal": GROUND | {"guest.session"},
     "guest.clock": {"guest.session"},
     "guest.oom": GROUND | {"guest.session"},
     "guest.resources": GROUND | {"guest.session"},
     "guest.ready": GROUND | {"guest.session"},
-    "guest.context": GROUND | {"guest.session"},
+    "guest.listing": GROUND,
+    "guest.context": GROUND | {"guest.session", "guest.listing"},
     "guest.job": GROUND | {"guest.session"},
     "guest.channel": GROUND | {"guest.session"},
-    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.channel"},
+    "guest.transfer": GROUND | {"guest.session", "guest.channel"},
+    "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
+    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.oci": GROUND | {"guest.session"},
     "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
-    "settle": GROUND | {"image.catalog"} | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
+    "settle": GROUND
+    | {"image.catalog", "image.given"}
+    | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
+    "reach": GROUND
+    | {"machine.files", "machine.lifetime"}
+    | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
+    "provision": GROUND
+    | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
+    | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
+    | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "settle", "image.catalog", "image.store"}
+    | {"process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
-    | {"start", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
+    | {"start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom")},
+    | {f"guest.{name}" for name in ("session", "archive", "channel", "context", "docker", "oom", "sync", "transfer")},
     "operate": GROUND
-    | {"start"}
+    | {"start", "reach"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "operate", "follow", "guard"}
+    | {"start", "reach", "operate", "follow", "guard"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
-    | {"start", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
+    | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
     "stock": GROUND
-    | {"start", "process", "settle", "image.catalog", "image.store"}
+    | {"start", "reach", "process", "settle"}
+    | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
@@ -156,6 +207,8 @@ DOORS = {
     "rich": {"ui"},
     "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
     "cryptography": {"guest.keys"},
+    "pexpect": {"machine.login"},
+    "pycdlib": {"guest.firstboot"},
 }
 """A foreign package, and the modules that may import it."""
 

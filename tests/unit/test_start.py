@@ -20,8 +20,10 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest import ready
 from vmbuild.machine import control, lifetime, snapshot
+from vmbuild.machine.facts import Facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.snapshot import Snapshot
+from vmbuild.machine.suspension import Suspension
 from vmbuild.model import Arch, Home, MachineRequest
 from vmbuild.report import SilentReporter
 
@@ -32,7 +34,7 @@ REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
 def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home with the fake QEMU, a guest image, and a guest that is ready at once; its machine is gone at the end."""
     monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe", lambda *_: make_qemu())
+    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
     monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
     home = Home(tmp_path / "cache", tmp_path / "state")
     home.cache.mkdir()
@@ -265,3 +267,16 @@ def test_a_host_at_fault_is_not_blamed_on_the_snapshot(
     with pytest.raises(HostError, match="disk is full"), start.open_session(REQUEST, home, SilentReporter()):
         pass
     assert snapshot.list_snapshots(home.cache) == [kept]
+
+
+@pytest.mark.parametrize("kind", ["path", "url"])
+def test_facts_from_elsewhere_name_no_disk_to_take(home: Home, tmp_path: Path, kind: str) -> None:
+    """Who made a bundle must not have a file of this host, or a URL, become a disk here."""
+    (tmp_path / "secret.img").write_bytes(bytes(510) + b"\x55\xaa" + bytes(512))
+    image = {"path": str(tmp_path / "secret.img"), "url": f"http://127.0.0.1:1/d.img#sha256={'a' * 64}"}[kind]
+    facts = Facts("u", 2, 2048, 1 << 30, image, "d", 1.0, "virt-9.2", "tcg", "h")
+    kept = Suspension(facts, "9.2", fast=True, digest="d", size_bytes=1, suspended_at=1.0)
+    with pytest.raises(UsageError, match="there is no guest image named"):
+        start.fit_here(kept, REQUEST, home, SilentReporter())
+    assert not (home.cache / "given").exists()
+    assert not (home.cache / "disks").exists()

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbuild.cli.options import Group, as_json, read_settings
-from vmbuild.errors import GuestImageError
+from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.model import format_size
 from vmbuild.settings import machine_options
 
 if TYPE_CHECKING:
     from vmbuild.machine.snapshot import Snapshot
+    from vmbuild.stock import ImageRow
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 def images(ctx: click.Context, snapshots: bool, as_json: bool) -> None:
     """List the guest images: the catalogue, and what is in the cache."""
     if ctx.invoked_subcommand is not None:
+        if snapshots:
+            raise UsageError(f"--snapshots goes before no other command, such as {ctx.invoked_subcommand}")
+        if as_json:
+            ctx.default_map = {name: {"as_json": True} for name in images.commands}
         return
     from vmbuild import stock, ui
 
@@ -32,12 +37,18 @@ def images(ctx: click.Context, snapshots: bool, as_json: bool) -> None:
     if as_json:
         ui.print_json(rows)
         return
-    columns = ("name", "kind", "arch", "cached", "size", "description")
-    cells = []
+    columns = ("name", "kind", "arch", "cached", "size", "description", "verified", "source")
+    ui.print_table(columns, [_cells(row) for row in rows])
     for row in rows:
-        size = format_size(row.size_bytes) if row.size_bytes else None
-        cells.append((row.name, row.kind, row.arch, row.digest and row.digest[:12], size, row.description))
-    ui.print_table(columns, cells)
+        if row.hides:
+            ui.say(f"{row.name} is your own ({row.origin}); it hides {', '.join(map(str, row.hides))}.")
+
+
+def _cells(row: ImageRow) -> tuple[str | None, ...]:
+    fetched = row.fetched_digest and f"{row.fetched_digest.partition(':')[2][:12]} (as fetched)"
+    cached, size = (row.digest[:12], row.size_bytes) if row.digest else (fetched, row.fetched_bytes)
+    facts = (row.description, row.verified, row.source)
+    return (row.name, row.kind, row.arch, cached, format_size(size) if size else None, *facts)
 
 
 def _show_snapshots(found: list[Snapshot], as_json: bool) -> None:
@@ -68,13 +79,14 @@ def images_snapshot(as_json: bool, in_background: bool, **flags: Any) -> None:
 
 @images.command("fetch")
 @machine_options("arch", "image", "mirror", "security_mirror")
+@click.option("--refresh", is_flag=True, help="Even if it is there: take what is published today.")
 @as_json
-def images_fetch(as_json: bool, **flags: Any) -> None:
-    """Have a guest image in the cache, starting no machine: for a CI cache, or before a journey."""
+def images_fetch(as_json: bool, refresh: bool, **flags: Any) -> None:
+    """Have a guest image in the cache, for a CI cache or before a journey; with --refresh the newest."""
     from vmbuild import start, ui
 
     found = read_settings(flags)
-    image = start.fetch_image(found.as_request(), found.home(), ui.TerminalReporter())
+    image = start.fetch_image(found.as_request(), found.home(), ui.TerminalReporter(), refresh=refresh)
     if as_json:
         ui.print_json(image)
     else:
@@ -84,7 +96,7 @@ def images_fetch(as_json: bool, **flags: Any) -> None:
 @images.command("verify")
 @as_json
 def images_verify(as_json: bool) -> None:
-    """Hash every cached guest image again."""
+    """Hash every cached guest image and disk again."""
     from vmbuild import stock, ui
 
     checks = stock.verify_images(read_settings({}).home())
@@ -100,7 +112,7 @@ def images_verify(as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Also what the next machine would start from.")
 @as_json
 def prune(everything: bool, as_json: bool) -> None:
-    """Delete outdated guest images, their snapshots and downloads from the cache; say how much that frees."""
+    """Delete outdated guest images, their snapshots, disks and downloads from the cache; say how much that frees."""
     from vmbuild import stock, ui
 
     freed = stock.prune(read_settings({}).home(), ui.TerminalReporter(), everything=everything)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from vmbuild.errors import UsageError
+from vmbuild.guest.listing import Entry, entry_of
 from vmbuild.guest.session import Sink
 
 BUFFER_BYTES = 256 * 1024
@@ -129,12 +133,57 @@ class Context:
 
         Raises UsageError for a file that cannot be read or changes while it is.
         """
-        with tarfile.open(
-            fileobj=cast(BinaryIO, sink), mode="w|", bufsize=BUFFER_BYTES, format=tarfile.PAX_FORMAT
-        ) as tar:
+        with open_tar(sink) as tar:
             for name, path in self.files():
-                _add(tar, name, path)
-                tar.getmembers().clear()  # else it remembers every file
+                add_file(tar, name, path)
+
+
+@contextmanager
+def open_tar(sink: Sink) -> Iterator[tarfile.TarFile]:
+    """Yield a tar stream to add files to."""
+    fileobj = cast(BinaryIO, sink)
+    with tarfile.open(fileobj=fileobj, mode="w|", bufsize=BUFFER_BYTES, format=tarfile.PAX_FORMAT) as tar:
+        yield tar
+
+
+def add_file(tar: tarfile.TarFile, name: str, path: Path) -> Entry | None:
+    """Add a file, folder or link to a tar stream; return what was sent, None for what has no place in one (a socket).
+
+    Raises UsageError when it cannot be read.
+    """
+    try:
+        found = path.lstat()
+        if stat.S_ISSOCK(found.st_mode):
+            return None
+        info = tar.gettarinfo(path, name)
+        info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        info.mtime, nanoseconds = divmod(found.st_mtime_ns, 1_000_000_000)
+        if nanoseconds:  # which a float cannot hold
+            info.pax_headers = {"mtime": str(Decimal(found.st_mtime_ns).scaleb(-9))}
+        tar.getmembers().clear()  # else it remembers every file
+        if not info.isreg():
+            tar.addfile(info)
+            return entry_of(found, info.linkname if info.issym() else "")
+        with path.open("rb") as file:
+            hashed = _Hashed(file)
+            tar.addfile(info, cast(BinaryIO, hashed))
+        return entry_of(found, digest=hashed.sha256.hexdigest())
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+class _Hashed:
+    """Reads a file, and hashes what is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.sha256.update(data)
+        return data
 
 
 def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Context:
@@ -182,7 +231,7 @@ def _walk(folder: Path, prefix: str, rules: IgnoreRules, needed: set[str | None]
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     for entry in entries:
         name = prefix + entry.name
         is_folder = entry.is_dir(follow_symlinks=False)
@@ -200,23 +249,8 @@ def _walk(folder: Path, prefix: str, rules: IgnoreRules, needed: set[str | None]
                 yield from inside
 
 
-def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    try:
-        if stat.S_ISSOCK(path.lstat().st_mode):
-            return
-        info = tar.gettarinfo(path, name)
-        info.uid = info.gid = 0
-        info.uname = info.gname = ""
-        if info.isreg():
-            with path.open("rb") as file:
-                tar.addfile(info, file)
-        else:
-            tar.addfile(info)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UsageError:
+def unreadable(path: Path, error: OSError) -> UsageError:
+    """Return what is said of a file of the context that cannot be read."""
     return UsageError(
         f"cannot read {path} of the build context: {error.strerror or error}",
         resolution="Make it readable, or exclude it with a line in .dockerignore.",

@@ -7,23 +7,21 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, cast
-
-import zstandard
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest import job
-from vmbuild.guest.channel import Channel, UnpackError, send_tar
-from vmbuild.guest.session import CHUNK_BYTES, Feed, Output, Session, Sink, capture
+from vmbuild.guest.session import Output, Session, capture
+from vmbuild.guest.transfer import TAR, disk_full
 from vmbuild.model import BuildRequest
-from vmbuild.report import Meter, Reporter, SilentReporter
+from vmbuild.report import Meter
 
 BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
 """Called without the docker client before it: one emulated program start less."""
 
-TAR = "/usr/bin/tar"
-"""GNU tar; the guest's shell would take busybox's for a plain `tar`."""
+BUILDX_CONFIG = "/var/lib/vmbuild/buildx"
+"""On the machine's disk: what buildx calls itself there tells BuildKit, after a boot too, which context it has already
+(buildx, build/opt.go, tryNodeIdentifier)."""
 
 WORK = "/var/lib/vmbuild/work"
 TAIL_BYTES = 64 * 1024
@@ -89,100 +87,6 @@ def workspace(session: Session) -> Iterator[Workspace]:
             remove_workspace(session, work)
 
 
-def unpack_context(session: Session, work: Workspace, write_tar: Feed, channel: Channel, report: Reporter) -> int:
-    """Unpack a tar stream as the build context; return its bytes. Raises GuestError when the guest cannot."""
-    return _unpack(session, work, write_tar, "--no-same-owner", channel, report)
-
-
-def unpack_tree(session: Session, work: Workspace, write_tar: Feed, channel: Channel) -> None:
-    """Unpack a tar stream as a root tree, owners and all. Raises GuestError when the guest cannot."""
-    _unpack(session, work, write_tar, "--numeric-owner", channel, SilentReporter())  # who writes it shows how far
-
-
-def _unpack(session: Session, work: Workspace, write_tar: Feed, option: str, channel: Channel, report: Reporter) -> int:
-    try:
-        sent = send_tar(channel, session, work.context, write_tar, option, report)
-    except UnpackError as error:
-        raise _unpack_failed(error.details) from error
-    if sent is not None:
-        return sent
-    with report.meter("context", None) as meter:
-        counter = _Counter(meter)
-        _unpack_over_ssh(session, work, lambda sink: write_tar(counter.through(sink)), option)
-        return counter.total
-
-
-def _unpack_over_ssh(session: Session, work: Workspace, write_tar: Feed, option: str) -> None:
-    """Send a tar stream compressed: user-mode networking is slower than an emulated zstd (docs/design.md)."""
-    errors = bytearray()
-    # Without warnings, about a time in the future say, whatever is said tells that one of the two failed.
-    argv = ["sh", "-c", f'zstd -dc | {TAR} -x --warning=none "$2" -C "$1"', "unpack", work.context, option]
-
-    def feed(sink: Sink) -> None:
-        with zstandard.ZstdCompressor(level=1).stream_writer(cast(IO[bytes], sink), closefd=False) as packed:
-            write_tar(packed)
-
-    if session.run(argv, feed=feed, on_stderr=errors.extend) != 0 or errors:
-        raise _unpack_failed(errors.decode(errors="replace"))
-
-
-class _Counter:
-    """Counts what goes through it, and moves a meter."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.total = 0
-        self._meter = meter
-        self._sink: Sink | None = None
-
-    def through(self, sink: Sink) -> Sink:
-        self._sink = sink
-        return self
-
-    def write(self, data: bytes, /) -> None:
-        assert self._sink is not None  # noqa: S101 - `through` was called
-        self._sink.write(data)
-        self.total += len(data)
-        self._meter.advance(len(data))
-
-
-def write_file(session: Session, path: str, feed: Feed) -> None:
-    """Write a file in the guest. Raises GuestError when the guest cannot."""
-    errors = bytearray()
-    if session.run(["sh", "-c", 'cat >"$1"', "write", path], feed=feed, on_stderr=errors.extend) != 0:
-        raise _unpack_failed(errors.decode(errors="replace"))
-
-
-def write_stdin(session: Session, work: Workspace, stdin: IO[bytes]) -> int:
-    """Write the host's standard input to a file in the guest; return its bytes. Raises GuestError.
-
-    A build that had it as its own input could have no terminal, and would not end before its input does.
-    """
-    sent = 0
-
-    def feed(sink: Sink) -> None:
-        nonlocal sent
-        while data := stdin.read(CHUNK_BYTES):
-            sink.write(data)
-            sent += len(data)
-
-    write_file(session, work.stdin, feed)
-    return sent
-
-
-def _unpack_failed(details: str) -> GuestError:
-    if "No space left" in details:
-        return _disk_full(details)
-    return GuestError("the build context could not be unpacked in the guest", details=details)
-
-
-def _disk_full(details: str) -> GuestError:
-    return GuestError(
-        "the machine's disk is full",
-        details=details,
-        resolution="Make room (`vmbuild ssh -- docker system prune -a`), or start with a larger --disk.",
-    )
-
-
 def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
     """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
     argv = [BUILDX, "build", "--platform", ",".join(asked.platforms), "--progress", asked.progress]
@@ -202,6 +106,7 @@ def start_build(
     session: Session, work: Workspace, argv: Sequence[str], *, stdin: str | None, terminal: tuple[int, int] | None
 ) -> None:
     """Start a build, whose standard input is a file in the guest; it goes on without us. Raises GuestError."""
+    argv = ["env", f"BUILDX_CONFIG={BUILDX_CONFIG}", *argv]
     if stdin is not None:
         argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
     job.start(session, work.folder, argv, terminal)
@@ -260,7 +165,7 @@ def explain_failure(output: str, code: int) -> BuildError | GuestError:
         return GuestError("docker build was killed in the guest", details=text[-2000:], resolution=_LOGS)
     what = errors[-1]["what"] if errors else f"docker build ended with exit code {code}"
     if "no space left on device" in what:
-        return _disk_full(what)
+        return disk_full(what)
     if re.search(
         r"Cannot connect to the Docker daemon|/run/docker\.sock|transport is closing|error reading from server", what
     ):

@@ -35,7 +35,8 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
         "authorized_keys": client_key.with_name(client_key.name + ".pub").read_bytes(),
         "entropy": os.urandom(64),
         "dropbear_ed25519_host_key": keys.dropbear_key(host_key),
-        "environment": "".join(f"{name}={_quote(value)}\n" for name, value in environment.items()).encode(),
+        "ssh_host_ed25519_key": host_key.read_bytes(),  # OpenSSH's, in a disk from elsewhere
+        "environment": "".join(f"{name}={quote(value)}\n" for name, value in environment.items()).encode(),
         "hostname": f"{hostname}\n".encode(),
         "time": f"{int(time.time())}\n".encode(),
     }
@@ -49,5 +50,6 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
     write_whole(path, content + bytes(-len(content) % UNIT_BYTES), mode=0o600)
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
+    """Return a value as a shell reads it from a file of variables."""
     return "'" + value.replace("'", "'\\''") + "'"

@@ -125,10 +125,14 @@ def _too_late() -> GuestError:
 def _tell_group(argv: Sequence[str], *, has_session: bool) -> str:
     """Return a command line that prints its process group and becomes the program: so it can be ended later.
 
-    With a terminal the SSH server has made a session for it; without one it would share the server's own group.
+    With a terminal the SSH server has made a session for it; without one it would share dropbear's own group, while
+    OpenSSH makes a session each time. There setsid would fork, and its first process end at once (setsid(1)).
     """
     script = f"echo $$; exec {shlex.join(argv)}"
-    return script if has_session else f"exec setsid sh -c {shlex.quote(script)}"
+    if has_session:
+        return script
+    # Process id, name, state, parent and group: proc_pid_stat(5).
+    return f'read -r _ _ _ _ g _ </proc/$$/stat; [ "$g" = $$ ] || exec setsid sh -c {shlex.quote(script)}; {script}'
 
 
 class _Run:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypedDict
+
+import platformdirs
 
 from vmbuild.errors import GuestImageError, UsageError
-from vmbuild.model import ApplianceSpec, Arch, ImageSpec, Repository
+from vmbuild.image import disk_row
+from vmbuild.image.table import Table
+from vmbuild.model import SYSTEMS, ApplianceSpec, Arch, DiskSpec, ImageSpec, Repository
 
 MIRRORS = ("debian", "debian-security")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,14 @@ def find_catalog() -> Path:
     )
 
 
+def find_folders(cache: Path | None = None) -> list[Path]:
+    """Return the folders of rows, first those that win: the user's own, the shipped one, what was given by a place."""
+    own = Path(platformdirs.user_config_dir("vmbuild")) / "images"
+    return [own, find_catalog(), *([cache / "given"] if cache else [])]
+
+
 def load_image(name: str, folders: Sequence[Path] | None = None) -> ImageSpec:
-    """Return the guest image of this name from the first folder that has it; by default the shipped catalogue's.
+    """Return the guest image of this name from the first folder that has it; by default those of find_folders.
 
     Raises UsageError for a name that no folder has, GuestImageError for a file that is wrong.
     """
@@ -60,7 +67,8 @@ def load_image(name: str, folders: Sequence[Path] | None = None) -> ImageSpec:
     if name not in files:
         raise UsageError(
             f"there is no guest image named {name!r}",
-            resolution=f"Choose one of: {', '.join(sorted(files)) or 'none, the catalogue is empty'}.",
+            resolution=f"Choose one of: {', '.join(sorted(files)) or 'none, the catalogue is empty'}. "
+            f"A disk of your own is given with its path: ./{name}",
         )
     return _read_image(files[name])
 
@@ -70,8 +78,14 @@ def list_images(folders: Sequence[Path] | None = None) -> list[ImageSpec]:
     return [_read_image(file) for _, file in sorted(_image_files(folders).items())]
 
 
+def find_shadowed(spec: ImageSpec, folders: Sequence[Path] | None = None) -> list[Path]:
+    """Return the files of other folders that a row hides, because it has the same name."""
+    files = [folder / f"{spec.name}.toml" for folder in (find_folders() if folders is None else folders)]
+    return [file for file in files if file.parent != spec.folder and file.is_file()]
+
+
 def _image_files(folders: Sequence[Path] | None) -> dict[str, Path]:
-    folders = [find_catalog()] if folders is None else folders
+    folders = find_folders() if folders is None else folders
     return {file.stem: file for folder in reversed(folders) for file in folder.glob("*.toml")}
 
 
@@ -99,14 +113,14 @@ def list_bases(folders: Sequence[Path] | None = None) -> list[BaseSpec]:
 
 
 def _read_image(file: Path) -> ImageSpec:
-    row = _Table.read(file)
+    row = Table.read(file)
     read = READERS[row.choice("kind", READERS)]
     spec = read(file, row, row.table("boot"))
     row.end()
     return spec
 
 
-def _read_appliance(file: Path, row: _Table, boot: _Table) -> ApplianceSpec:
+def _read_appliance(file: Path, row: Table, boot: Table) -> ApplianceSpec:
     spec = ApplianceSpec(
         **_common(file, row, boot),
         repositories=_repositories(row),
@@ -135,25 +149,39 @@ class _Common(TypedDict):
     cpu_model: str
 
 
-def _common(file: Path, row: _Table, boot: _Table) -> _Common:
+def _common(file: Path, row: Table, boot: Table, *, is_signed: bool = True) -> _Common:
     return {
         "name": row.choice("name", [file.stem]),
         "arch": Arch(row.choice("arch", list(Arch))),
         "description": row.text("description"),
         "folder": file.parent,
         "guest_files": _beside(file.parent, "guest"),
-        "keyrings": _keyrings(row, file.parent),
+        "keyrings": _keyrings(row, file.parent, None if is_signed else ()),
         "machine_type": boot.text("machine_type"),
         "cpu_model": boot.text("cpu_model"),
     }
 
 
-READERS = {"appliance": _read_appliance}
+def _read_disk(file: Path, row: Table, boot: Table) -> DiskSpec:
+    verification = {key: row.maybe(key) for key in ("digest", "checksums", "signature")}
+    spec = DiskSpec(
+        **_common(file, row, boot, is_signed=False),
+        url=disk_row.read_url(row, file.parent),
+        **verification,
+        system=row.choice("system", SYSTEMS),
+        login=disk_row.read_login(row.table("login")) if row.has("login") else None,
+    )
+    boot.end()
+    disk_row.check_verification(row, spec)
+    return spec
+
+
+READERS = {"appliance": _read_appliance, "disk": _read_disk}
 """How a row of each kind is read."""
 
 
 def _read_base(file: Path) -> BaseSpec:
-    row = _Table.read(file)
+    row = Table.read(file)
     spec = BaseSpec(
         name=row.choice("name", [file.stem]),
         repo_tag=row.text("repo_tag"),
@@ -169,7 +197,7 @@ def _read_base(file: Path) -> BaseSpec:
     return spec
 
 
-def _repositories(row: _Table) -> tuple[Repository, ...]:
+def _repositories(row: Table) -> tuple[Repository, ...]:
     found = []
     for table in row.tables("repositories"):
         repository = Repository(
@@ -178,15 +206,15 @@ def _repositories(row: _Table) -> tuple[Repository, ...]:
             public_url=table.text("public_url"),
             components=table.texts("components", default=("main",)),
             optional=table.flag("optional"),
-            alias=table.optional_text("alias"),
+            alias=table.maybe("alias"),
         )
         table.end()
         found.append(repository)
     return tuple(found)
 
 
-def _keyrings(row: _Table, folder: Path) -> tuple[Path, ...]:
-    keyrings = tuple(_beside(folder, name) for name in row.texts("keyrings"))
+def _keyrings(row: Table, folder: Path, default: tuple[str, ...] | None = None) -> tuple[Path, ...]:
+    keyrings = tuple(_beside(folder, name) for name in row.texts("keyrings", default=default))
     for keyring in keyrings:
         if not keyring.is_file():
             raise row.wrong("keyrings", f"names {keyring}, which is not there")
@@ -197,77 +225,3 @@ def _beside(folder: Path, name: str) -> Path:
     """Return a file of this catalogue folder, else the shipped one: a user's folder may hold nothing but TOML."""
     own = folder / name
     return own if own.exists() else find_catalog() / name
-
-
-class _Table:
-    """A TOML table that is read key by key and then must be empty. Its methods raise GuestImageError."""
-
-    def __init__(self, file: Path, values: dict[str, object], prefix: str = "") -> None:
-        self._file = file
-        self._values = values
-        self._prefix = prefix
-
-    @classmethod
-    def read(cls, file: Path) -> _Table:
-        try:
-            return cls(file, tomllib.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise GuestImageError(f"the catalogue file {file} cannot be read", details=str(error)) from error
-
-    def text(self, key: str) -> str:
-        value = self._take(key, str, "a text in quotes")
-        if not value:
-            raise self.wrong(key, "must not be empty")
-        return value
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-    def optional_text(self, key: str) -> str | None:
-        return self.text(key) if self.has(key) else None
-
-    def choice(self, key: str, allowed: Iterable[str]) -> str:
-        value, allowed = self.text(key), list(allowed)
-        if value not in allowed:
-            raise self.wrong(key, f"is {value!r}, expected {' or '.join(repr(str(name)) for name in allowed)}")
-        return value
-
-    def texts(self, key: str, *, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        expected = "a list of texts in quotes"
-        values = self._take(key, list, expected, None if default is None else list(default))
-        return tuple(self._check(key, value, str, expected) for value in values)
-
-    def flag(self, key: str) -> bool:
-        return self._take(key, bool, "true or false", False)
-
-    def table(self, key: str) -> _Table:
-        return _Table(self._file, self._take(key, dict, f"a table [{key}]"), f"{self._prefix}{key}.")
-
-    def tables(self, key: str) -> list[_Table]:
-        expected = f"one or more tables [[{key}]]"
-        values = self._take(key, list, expected)
-        if not values:
-            raise self.wrong(key, f"is empty, expected {expected}")
-        return [_Table(self._file, self._check(key, value, dict, expected), f"{key}.") for value in values]
-
-    def end(self) -> None:
-        """Raise for keys that nobody asked for: most often a slip of the pen."""
-        for key in self._values:
-            raise self.wrong(key, "is not a key that a catalogue file has")
-
-    def wrong(self, key: str, problem: str) -> GuestImageError:
-        return GuestImageError(
-            f"the catalogue file {self._file} is wrong: {self._prefix}{key} {problem}",
-            resolution=f"Compare it with the files in {find_catalog()}.",
-        )
-
-    def _take(self, key: str, kind: type[T], expected: str, default: T | None = None) -> T:
-        value = self._values.pop(key, default)
-        if value is None:
-            raise self.wrong(key, f"is missing, expected {expected}")
-        return self._check(key, value, kind, expected)
-
-    def _check(self, key: str, value: object, kind: type[T], expected: str) -> T:
-        if not isinstance(value, kind):
-            raise self.wrong(key, f"is {value!r}, expected {expected}")
-        return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lzma
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 
 from debian.deb822 import Release
 
-from vmbuild import process
 from vmbuild.errors import GuestImageError
 from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, fetch_all, fetch_bytes
 from vmbuild.image.mirrors import host_mirrors, mirror_urls
 from vmbuild.image.packages import Package, PackageIndex, package_downloads, resolve_closure
+from vmbuild.image.signature import BadSignature, read_signed
 from vmbuild.model import MIB, Repository
 from vmbuild.report import Reporter
 
@@ -37,9 +36,10 @@ __all__ = [
 RETRY_PAUSES_S = (2.0, 10.0)
 """Waits before `InRelease` is read again when the index it names is not there: the mirror is being updated."""
 
-
-class BadSignature(GuestImageError):
-    """A repository is not signed, or not by a key of the catalogue."""
+NOT_DEBIANS = (
+    "Something between here and Debian altered it, or the mirror is not Debian's: "
+    "set VMBUILD_MIRROR to another one. Do not go on with this one."
+)
 
 
 class _OutOfStep(Exception):
@@ -155,7 +155,7 @@ def _open_alias(
 
 def _read_release(suite_url: str, suite: str, keyrings: Sequence[Path]) -> Release:
     url = f"{suite_url}/InRelease"
-    release = Release(verify(fetch_bytes(url), keyrings, url).decode())
+    release = Release(read_signed(fetch_bytes(url), keyrings, url, resolution=NOT_DEBIANS).decode())
     if suite not in (release.get("Suite"), release.get("Codename")):
         raise GuestImageError(
             f"{url} is signed, but for another suite",
@@ -181,47 +181,6 @@ def _check_date(release: Release, url: str) -> None:
             resolution="Either the mirror is no longer updated (set VMBUILD_MIRROR to another one) "
             "or the clock of this host is wrong.",
         )
-
-
-def verify(signed: bytes, keyrings: Sequence[Path], url: str) -> bytes:
-    """Return the text that a key of the keyrings has signed, exactly as gpgv gives it out.
-
-    Signatures by unknown keys are passed over, as Debian signs with old and new keys at once. Raises BadSignature.
-    """
-    with tempfile.TemporaryDirectory(prefix="vmbuild-gpgv-") as folder:
-        text = Path(folder) / "text"
-        keys = [option for keyring in keyrings for option in ("--keyring", str(keyring.resolve()))]
-        argv = ["gpgv", "--homedir", folder, "--weak-digest", "SHA1", "--status-fd", "1", *keys, "--output", str(text)]
-        # 1 and 2: a signature is bad or its key unknown; the status lines say which
-        status = process.run([*argv, "-"], stdin=signed, expect=(0, 1, 2)).decode(errors="replace")
-        problem = _signature_problem(status)
-        if problem or not text.exists():
-            raise BadSignature(
-                f"the signature of {url} cannot be trusted: {problem or 'it signs nothing'}",
-                details=status.strip(),
-                resolution="Something between here and Debian altered it, or the mirror is not Debian's: "
-                "set VMBUILD_MIRROR to another one. Do not go on with this one.",
-            )
-        return text.read_bytes()
-
-
-def _signature_problem(status: str) -> str:
-    """Return what is wrong according to gpgv's status lines, empty when nothing is (GnuPG, doc/DETAILS)."""
-    words = [line.split()[1] for line in status.splitlines() if line.startswith("[GNUPG:] ")]
-    if "BADSIG" in words or "ERROR" in words:
-        return "the content was altered after it was signed"
-    # VALIDSIG also follows EXPKEYSIG, EXPSIG and REVKEYSIG; only GOODSIG means that all is in order
-    if "GOODSIG" in words and "VALIDSIG" in words:
-        return ""
-    for word, problem in (
-        ("EXPKEYSIG", "the key has expired"),
-        ("REVKEYSIG", "the key was revoked"),
-        ("EXPSIG", "the signature has expired"),
-        ("NO_PUBKEY", "it is signed by keys that the catalogue does not have"),
-    ):
-        if word in words:
-            return problem
-    return "it is not signed"
 
 
 def _fetch_part(release: Release, suite_url: str, component: str, arch: str, cache: Path, report: Reporter) -> Path:

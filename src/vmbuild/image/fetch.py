@@ -18,12 +18,21 @@ from filelock import FileLock, Timeout
 
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import http
-from vmbuild.image.http import NotFound, Unreachable
+from vmbuild.image.http import NETWORK_ADVICE, NotFound, Unreachable
 from vmbuild.model import MIB, format_size
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import hash_file
 
-__all__ = ["Download", "NotFound", "Unreachable", "WrongDigest", "fetch_all", "fetch_bytes"]
+__all__ = [
+    "NETWORK_ADVICE",
+    "Download",
+    "NotFound",
+    "Unreachable",
+    "WrongDigest",
+    "ask_size",
+    "fetch_all",
+    "fetch_bytes",
+]
 
 STOP_GRACE_S = 1.0
 """How long an interrupt waits for the workers; one that is stuck in a read dies with the process."""
@@ -31,12 +40,16 @@ STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True)
 class Download:
-    """A file to fetch: where from, where to, and what it must be (`size` in bytes; None: not known)."""
+    """A file to fetch: where from, where to, and what it must be (None: not known).
+
+    `digest` is hexadecimal, by `algorithm` (a name of hashlib's); `size` is in bytes.
+    """
 
     url: str
     path: Path
-    sha256: str | None
+    digest: str | None
     size: int | None
+    algorithm: str = "sha256"
 
 
 class WrongDigest(GuestImageError):
@@ -58,15 +71,31 @@ def fetch_all(downloads: Sequence[Download], report: Reporter, *, label: str, wo
         _work_off(_Crew(session, meter, list(missing.values())), workers)
 
 
-def fetch_bytes(url: str, *, limit_bytes: int = 32 * MIB) -> bytes:
-    """Return a small file, past any cache on the way. Raises NotFound, Unreachable, or GuestImageError when too big."""
+def fetch_bytes(url: str, *, limit_bytes: int = 32 * MIB, only_tls: bool = False) -> bytes:
+    """Return a small file, past any cache on the way.
+
+    Raises NotFound, Unreachable, GuestImageError when it is too big or, with `only_tls`, when the server sends us on to
+    another that anybody on the way could speak for.
+    """
     with http.Session() as session:
         for attempt in http.tries(url, threading.Event()):
             with attempt, http.open_url(session, url, {"Cache-Control": "max-age=0"}) as response:
+                if only_tls and (weak := http.weak_address(response)):
+                    raise GuestImageError(f"{url} leads to {weak}, which is not protected by TLS")
                 body = b"".join(http.read_body(response, limit_bytes))
                 if len(body) > limit_bytes:
                     raise GuestImageError(f"{url} is larger than {format_size(limit_bytes)}")
                 return body
+    raise AssertionError("tries ends by an exception")
+
+
+def ask_size(url: str) -> int | None:
+    """Return the size in bytes that a server announces for a file. Raises NotFound, Unreachable."""
+    with http.Session() as session:
+        for attempt in http.tries(url, threading.Event()):
+            with attempt, http.open_url(session, url, {}) as response:
+                given = response.headers.get("Content-Length", "")
+                return int(given) if given.isdecimal() else None
     raise AssertionError("tries ends by an exception")
 
 
@@ -131,8 +160,9 @@ class _Progress:
 def _is_there(download: Download) -> bool:
     """Tell whether the file is there with the right content: a cache that was restored may hold other bytes."""
     try:
-        found = download.path.stat().st_size
-        return download.size in (None, found) and download.sha256 in (None, hash_file(download.path))
+        if download.size not in (None, download.path.stat().st_size):
+            return False
+        return download.digest in (None, hash_file(download.path, download.algorithm))
     except FileNotFoundError:
         return False
 
@@ -151,8 +181,8 @@ def _bring(crew: _Crew, download: Download, progress: _Progress) -> None:
         _receive_all(crew, download, progress)
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # a name promises content, even after a power cut
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if download.sha256 in (None, actual):
+            actual = hashlib.file_digest(file, download.algorithm).hexdigest()
+        if download.digest in (None, actual):
             part.replace(download.path)
             return
         part.unlink()
@@ -164,7 +194,7 @@ def _receive_all(crew: _Crew, download: Download, progress: _Progress) -> None:
     part = _part(download)
     for attempt in http.tries(download.url, crew.stop, lambda: _size(part)):
         with attempt:
-            if download.sha256 is None:
+            if download.digest is None:
                 part.unlink(missing_ok=True)  # without a digest nobody would notice two versions glued together
             if not part.exists() or _size(part) != download.size:
                 _receive(crew, download, progress)
@@ -235,9 +265,10 @@ def _disk_errors(download: Download) -> Iterator[None]:
 
 
 def _wrong_digest(download: Download, actual: str) -> WrongDigest:
+    name = download.algorithm.upper().replace("SHA", "SHA-")
     return WrongDigest(
         f"{download.url} is not the file that was asked for",
-        details=f"expected SHA-256 {download.sha256}\nactual SHA-256   {actual}",
+        details=f"expected {name} {download.digest}\nactual {name}   {actual}",
         resolution="Run the command again in some minutes (a mirror may be in the middle of an update, a proxy may "
         "have altered the file), or set VMBUILD_MIRROR to another mirror.",
     )

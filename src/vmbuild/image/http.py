@@ -11,6 +11,7 @@ import requests
 import urllib3
 from requests import exceptions as failures
 
+from vmbuild.address import is_protected
 from vmbuild.errors import GuestImageError, HostError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -23,10 +24,10 @@ CONNECT_TRIES = 3
 BACKOFF_S = 0.5
 """Wait before the second try; it doubles with every further one."""
 
-PROXY_ADVICE = (
-    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS); "
-    "to use another Debian mirror set VMBUILD_MIRROR."
+NETWORK_ADVICE = (
+    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS)."
 )
+MIRROR_ADVICE = f"{NETWORK_ADVICE} To use another Debian mirror, set VMBUILD_MIRROR."
 
 
 class NotFound(GuestImageError):
@@ -82,6 +83,11 @@ def open_url(session: Session, url: str, headers: Mapping[str, str]) -> Iterator
     with response:
         _check_status(url, response.status_code, response.reason)
         yield response
+
+
+def weak_address(response: requests.Response) -> str:
+    """Return the address on the way to an answer that is not protected, empty when there is none."""
+    return next((hop.url for hop in (*response.history, response) if not is_protected(hop.url)), "")
 
 
 def _check_status(url: str, status: int, reason: str) -> None:
@@ -153,7 +159,7 @@ def tries(url: str, stop: threading.Event, progress: Callable[[], int] = lambda:
 
 def unreachable(url: str, cause: str) -> Unreachable:
     """Return the error for a URL that does not serve."""
-    return Unreachable(f"cannot download {url}", details=cause, resolution=PROXY_ADVICE)
+    return Unreachable(f"cannot download {url}", details=cause, resolution=MIRROR_ADVICE)
 
 
 def _plain(error: Exception) -> str:

@@ -8,14 +8,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild.errors import GuestImageError, HostError
-from vmbuild.image import appliance, debian, fetch, packages
+from vmbuild.image import appliance, cloud, debian, fetch, packages
 from vmbuild.lock import hold
-from vmbuild.model import ApplianceSpec, DiskBoot, Freed, GuestImage, ImageSpec, KernelBoot, Repository
+from vmbuild.model import ApplianceSpec, DiskBoot, DiskSpec, GuestImage, ImageSpec, KernelBoot, Repository
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
 
@@ -35,19 +35,54 @@ class Check:
 def ensure(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
     """Return a guest image, assembling it first when the cache has none of this recipe.
 
-    Safe when two ask at once. Raises GuestImageError or HostError; the cache then holds nothing half-written.
+    Of a disk, until one is published that has been made ready for machines, it is the disk as it was fetched. Safe when
+    two ask at once. Raises GuestImageError or HostError; the cache then holds nothing half-written.
     """
     found = find(spec, cache)
     if found is not None:
         return found
+    if isinstance(spec, DiskSpec):
+        return _as_fetched(spec, cloud.ensure(spec, cache, report))
     with hold(cache / "images" / f"{spec.name}.lock", report, f"assembles {spec.name}"):
         return find(spec, cache) or _make(spec, mirrors, cache, report)
+
+
+@contextmanager
+def renewing(spec: ImageSpec, cache: Path, report: Reporter) -> Iterator[None]:
+    """Have a guest image made anew in this block, of what is published today; when that fails the old one stays.
+
+    A guest image of the disk that is still the one that is published stays as it is, and nothing is downloaded.
+    """
+    pointer = pointer_of(spec, cache)
+    if isinstance(spec, DiskSpec):
+        if _made_of(spec, cache) == cloud.ask_newest(spec):
+            report.step(f"The disk of {spec.name} is the newest")
+            yield
+            return
+        cloud.ensure(spec, cache, report, refresh=True)
+    old = pointer.read_bytes() if pointer.exists() else None
+    pointer.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        if old is not None:
+            write_whole(pointer, old)
+        raise
+
+
+def _made_of(spec: DiskSpec, cache: Path) -> str | None:
+    """Return the digest of the published disk that a row's guest image was made of."""
+    found = find(spec, cache)
+    if found is None:
+        return None
+    made_of = json.loads((cache / "images" / found.digest / "manifest.json").read_bytes()).get("source_digest")
+    return made_of if isinstance(made_of, str) else None
 
 
 def find(spec: ImageSpec, cache: Path) -> GuestImage | None:
     """Return the guest image that the cache holds for this row as it now is, None when there is none."""
     try:
-        digest = _pointer(spec, cache).read_text().strip()
+        digest = pointer_of(spec, cache).read_text().strip()
         return _load(spec, cache, digest)
     except FileNotFoundError:
         return None
@@ -66,8 +101,12 @@ def find_digest(spec: ImageSpec, digest: str, cache: Path) -> GuestImage | None:
 
 
 def verify(cache: Path) -> list[Check]:
-    """Hash every file of every guest image again and compare it with its manifest."""
-    return [_check(folder) for folder in sorted((cache / "images").glob("[!.]*/manifest.json"))]
+    """Hash every file of every guest image again and compare it with its manifest; likewise disks as fetched."""
+    fetched = [
+        Check(f"{found.name}, as fetched", found.sha256, "" if cloud.is_whole(found) else "the disk was changed")
+        for found in cloud.list_disks(cache)
+    ]
+    return [_check(folder) for folder in sorted((cache / "images").glob("[!.]*/manifest.json"))] + fetched
 
 
 def _check(manifest_path: Path) -> Check:
@@ -84,44 +123,6 @@ def _check(manifest_path: Path) -> Check:
         elif hash_file(path) != facts["sha256"]:
             problems.append(f"{part} was changed")
     return Check(manifest["name"], digest, ", ".join(problems))
-
-
-def prune(
-    specs: Sequence[ImageSpec], cache: Path, report: Reporter, *, everything: bool, needed: Mapping[str, str]
-) -> list[Freed]:
-    """Delete the guest images that no row of the catalogue leads to any more, and the packages they were made of.
-
-    With `everything`, all guest images and base images. `needed` are the digests of those that stay nevertheless, each
-    with who needs it.
-    """
-    images = cache / "images"
-    with ExitStack() as locks:
-        for spec in specs:
-            locks.enter_context(hold(images / f"{spec.name}.lock", report, f"assembles {spec.name}"))
-        current = set() if everything else {_pointer(spec, cache) for spec in specs}
-        wanted = {pointer.read_text().strip() for pointer in current if pointer.exists()}
-        doomed = [folder for folder in sorted(images.glob("*/")) if folder.name not in wanted]
-        freed = [_free("guest image", folder) for folder in doomed if not _is_needed(folder.name, needed, report)]
-        for pointer in images.glob("*.*"):
-            is_old = pointer.is_file() and pointer.suffix != ".lock" and pointer not in current
-            if is_old and pointer.read_text(errors="replace").strip() not in needed:
-                pointer.unlink()
-    downloads = ("packages", "indexes", "bases") if everything else ("packages", "indexes")
-    return freed + [_free("downloads", cache / name) for name in downloads if (cache / name).exists()]
-
-
-def _is_needed(digest: str, needed: Mapping[str, str], report: Reporter) -> bool:
-    if digest in needed:
-        report.step(f"Keeping the guest image {digest[:12]}: {needed[digest]} needs it")
-    return digest in needed
-
-
-def _free(what: str, folder: Path) -> Freed:
-    doomed = folder.with_name(f".{folder.name.lstrip('.')}~pruned")  # what others begin now, they begin afresh
-    folder.replace(doomed)
-    size = sum(path.lstat().st_blocks * 512 for path in doomed.rglob("*"))
-    shutil.rmtree(doomed, ignore_errors=True)
-    return Freed(what, folder.name, size)
 
 
 def recipe_digest(spec: ImageSpec) -> str:
@@ -141,7 +142,8 @@ def _unusable(cache: Path, error: OSError) -> HostError:
     )
 
 
-def _pointer(spec: ImageSpec, cache: Path) -> Path:
+def pointer_of(spec: ImageSpec, cache: Path) -> Path:
+    """Return the file that says which guest image is the current one of a row."""
     return cache / "images" / f"{spec.name}.{recipe_digest(spec)[:16]}"
 
 
@@ -173,9 +175,13 @@ def _damaged(spec: ImageSpec, folder: Path, what: str) -> GuestImageError:
     )
 
 
+def _as_fetched(spec: DiskSpec, found: cloud.Fetched) -> GuestImage:
+    boot = DiskBoot(found.path)
+    return GuestImage(spec.name, found.sha256, spec.arch, spec.machine_type, spec.cpu_model, boot, found.size_bytes)
+
+
 def _make(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
-    if not isinstance(spec, ApplianceSpec):
-        raise GuestImageError(f"a guest image of kind {spec.kind} cannot be made yet")
+    assert isinstance(spec, ApplianceSpec)  # noqa: S101 - the only kind that is assembled
     closure = fetch_packages(spec, mirrors, cache, report)
     with workspace(cache, spec.name) as folder:
         facts: dict[str, object] = dict(appliance.assemble(spec, closure, cache / "packages", folder, report))
@@ -208,7 +214,7 @@ def publish(spec: ImageSpec, cache: Path, folder: Path, facts: Mapping[str, obje
     (folder / "manifest.json").write_bytes(manifest)
     digest = hashlib.sha256(manifest).hexdigest()
     _publish(folder, cache / "images" / digest)
-    write_whole(_pointer(spec, cache), digest.encode())
+    write_whole(pointer_of(spec, cache), digest.encode())
     return _load(spec, cache, digest)
 
 

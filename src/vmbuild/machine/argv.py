@@ -35,8 +35,10 @@ ROWS = {
 }
 
 
-def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> list[str]:
+def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, first_boot: bool = False) -> list[str]:
     """Return the argv that starts a machine in its folder: sockets are named relative to it.
+
+    `first_boot` adds the drive that tells a disk from elsewhere what to become.
 
     Not -daemonize: the sandbox comes first, and spawn=deny and elevateprivileges=deny each kill it (QEMU 10.0).
     """
@@ -48,18 +50,19 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
         *("-name", f"guest=vmbuild-{spec.name}"),
         *("-uuid", uuid),
         *("-pidfile", files.pid.name),
-        *("-machine", f"{qemu.newest(image.machine_type)},{options}"),
+        *("-machine", f"{qemu.newest(image.machine_type)},{options}{_flash(image.boot)}"),
         *("-accel", _accel(spec, qemu)),
         *("-cpu", image.cpu_model if qemu.accel == "tcg" else "host"),
         *("-smp", str(spec.cpus)),
         *("-m", f"{spec.memory_mib}M"),
         *("-rtc", "base=utc"),
-        *_boot(image.boot, qemu),
+        *_boot(image.boot, qemu, files),
         *_drive("disk", "qcow2", files.disk.name, qemu),
         *_drive("seed", "raw", files.seed.name, qemu, read_only=True),
         *_drive("inbox", "raw", files.inbox.name, qemu, read_only=True),
         *_drive("outbox", "raw", files.outbox.name, qemu),
-        *("-netdev", "user,id=net,net=10.0.2.0/24,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"),
+        *(_drive("cidata", "raw", files.first_boot.name, qemu, read_only=True) if first_boot else []),
+        *("-netdev", f"user,id=net,{_network(image.boot)},hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-device", "virtio-rng-pci"),
         *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on"),
@@ -79,7 +82,8 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str) -> 
 def neutral_argv(spec: MachineSpec, qemu: Qemu) -> list[str]:
     """Return the argv without what differs between places and tells the guest nothing: names, paths, host features."""
     image = replace(spec.image, boot=_anywhere(spec.image.boot))
-    anywhere = replace(qemu, binary="", aio="", sandbox=False)
+    firmware = qemu.firmware and replace(qemu.firmware, code=Path("code"), code_format="raw")
+    anywhere = replace(qemu, binary="", aio="", sandbox=False, firmware=firmware)
     return qemu_argv(replace(spec, name="", image=image), anywhere, MachineFiles(Path()), "")
 
 
@@ -89,15 +93,41 @@ def _anywhere(boot: KernelBoot | DiskBoot) -> KernelBoot | DiskBoot:
     return replace(boot, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
 
 
-def _boot(boot: KernelBoot | DiskBoot, qemu: Qemu) -> list[str]:
+def _boot(boot: KernelBoot | DiskBoot, qemu: Qemu, files: MachineFiles) -> list[str]:
     if isinstance(boot, DiskBoot):
-        return []
+        return _firmware(qemu, files)
     return [
         *("-kernel", str(boot.kernel)),
         *("-initrd", str(boot.initrd)),
         *("-append", " ".join(boot.kernel_args)),
         *_drive("root", "raw", str(boot.root), qemu, read_only=True),
     ]
+
+
+def _firmware(qemu: Qemu, files: MachineFiles) -> list[str]:
+    """Return the two flash chips of a UEFI firmware: its code, and the machine's own variables."""
+    assert qemu.firmware is not None  # noqa: S101 - who starts a disk has looked for it
+    found = qemu.firmware
+    code, variables = quote(str(found.code)), files.variables.name
+    return [
+        *("-blockdev", f"driver=file,node-name=code-file,read-only=on,filename={code}"),
+        *("-blockdev", f"driver={found.code_format},node-name=code,read-only=on,file=code-file"),
+        *("-blockdev", f"driver=file,node-name=variables-file,filename={variables}"),
+        *("-blockdev", f"driver={found.variables_format},node-name=variables,file=variables-file"),
+    ]
+
+
+def _flash(boot: KernelBoot | DiskBoot) -> str:
+    return ",pflash0=code,pflash1=variables" if isinstance(boot, DiskBoot) else ""
+
+
+def _network(boot: KernelBoot | DiskBoot) -> str:
+    """Return the options of the user-mode network.
+
+    A disk's system would take an IPv6 address that is offered, and user-mode networking often cannot carry what it then
+    sends; an appliance does not listen.
+    """
+    return "net=10.0.2.0/24,ipv6=off" if isinstance(boot, DiskBoot) else "net=10.0.2.0/24"
 
 
 def _accel(spec: MachineSpec, qemu: Qemu) -> str:

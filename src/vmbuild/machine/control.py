@@ -6,12 +6,13 @@ SSH will not do: a restored guest has to be given its keys first. The other side
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.serial import read_lines
 
 
 def make_pipes(files: MachineFiles) -> None:
@@ -29,21 +30,47 @@ def send(files: MachineFiles, words: str) -> None:
 
 def wait_for(files: MachineFiles, answer: str, deadline: Deadline) -> None:
     """Wait for the guest's answer. Raises MachineError when it is another one, or does not come in time."""
+    for line in listen(files, answer, deadline):
+        if line == answer:
+            return
+
+
+def listen(
+    files: MachineFiles,
+    last: str,
+    deadline: Deadline,
+    *,
+    check_alive: Callable[[], None] = lambda: None,
+    pause_s: float = 0.02,
+) -> Iterator[str]:
+    """Yield what the guest says, line by line, `last` at the end.
+
+    `check_alive` is asked whenever there was nothing to hear for `pause_s` seconds. Raises MachineError when the guest
+    says `failed`, does not come to the end in time, or its QEMU is gone.
+    """
     with _open(files.control_out, os.O_RDONLY) as answers:
-        heard = b""
-        while answer.encode() not in (lines := heard.split(b"\n")):
-            if b"failed" in lines:
-                raise MachineError(f"the guest could not become `{answer}`")
+        rest, line = b"", ""
+        while line != last:
             if deadline.passed:
-                raise MachineError(f"the guest did not answer `{answer}`")
+                raise MachineError(f"the guest did not answer `{last}`")
             try:
                 data = os.read(answers, 4096)
             except BlockingIOError:
-                deadline.sleep(0.02)
+                check_alive()
+                deadline.sleep(pause_s)
                 continue
             if not data:  # nobody holds the other end
-                raise MachineError(f"QEMU ended before the guest answered `{answer}`")
-            heard += data
+                raise MachineError(f"QEMU ended before the guest answered `{last}`")
+            *lines, rest = (rest + data).split(b"\n")
+            for line in (whole.decode(errors="replace") for whole in lines):
+                word, _, reason = line.partition(" ")
+                if word == "failed":
+                    raise MachineError(
+                        f"the guest could not become `{last}`", details=" ".join(read_lines(reason.encode()))
+                    )
+                yield line
+                if line == last:
+                    break
 
 
 @contextmanager

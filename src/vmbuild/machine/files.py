@@ -43,6 +43,16 @@ class MachineFiles:
         return self.folder / "disk.qcow2"
 
     @property
+    def variables(self) -> Path:
+        """The firmware's variables, of a machine that has a firmware."""
+        return self.folder / "variables.fd"
+
+    @property
+    def first_boot(self) -> Path:
+        """The ISO image that says what a disk from elsewhere is told at its first boot."""
+        return self.folder / "first-boot.iso"
+
+    @property
     def seed(self) -> Path:
         """The tar that tells the guest its keys and name."""
         return self.folder / "seed.tar"
@@ -111,6 +121,11 @@ class MachineFiles:
     def builds(self) -> Path:
         """The folder of what is known here of the builds that run in the guest."""
         return self.folder / "builds"
+
+    @property
+    def contexts(self) -> Path:
+        """The folder of what is known here of the build contexts that the guest keeps."""
+        return self.folder / "contexts"
 
     @property
     def client_key(self) -> Path:

@@ -18,10 +18,11 @@ from vmbuild.machine import control, migration, resources, serial, suspension
 from vmbuild.machine.argv import qemu_argv
 from vmbuild.machine.facts import Facts, describe, load_facts, write_facts
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.firmware import Firmware
 from vmbuild.machine.probe import Qemu
 from vmbuild.machine.qmp import Qmp
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import GIB, MIB, MachineSpec, MachineStatus, arch_name, format_size
+from vmbuild.model import GIB, MIB, DiskBoot, MachineSpec, MachineStatus, arch_name, format_size
 from vmbuild.report import Reporter
 from vmbuild.whole import writing_in
 
@@ -53,17 +54,50 @@ def lock(files: MachineFiles, report: Reporter) -> AbstractContextManager[None]:
     return hold(files.lock, report, f"works on the machine {files.name}")
 
 
-def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool) -> None:
-    """Make the machine's folder and disk, or grow the disk where its size was chosen. Never shrinks it."""
+def prepare(spec: MachineSpec, files: MachineFiles, *, explicit_disk: bool, firmware: Firmware | None = None) -> None:
+    """Make the machine's folder and disk, or grow the disk where its size was chosen. Never shrinks it.
+
+    A machine that boots a disk needs the firmware. Raises UsageError when the disk that it has is of another kind.
+    """
     with writing_in(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_kind(spec, files)
+        if firmware is not None and not files.variables.exists():
+            part = files.variables.with_name("variables.part")
+            shutil.copyfile(firmware.variables, part)
+            part.chmod(0o600)
+            part.replace(files.variables)
     if not files.disk.exists():
         part = files.disk.with_name("disk.part")
-        process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(part), str(spec.disk_bytes)])
+        _make_disk(spec, part)
         part.replace(files.disk)
         return
     if explicit_disk and spec.disk_bytes > disk_size(files):
-        process.run(["qemu-img", "resize", "-q", "-f", "qcow2", str(files.disk), str(spec.disk_bytes)])
+        _grow(files.disk, spec.disk_bytes)
+
+
+def _check_kind(spec: MachineSpec, files: MachineFiles) -> None:
+    """Only a machine that boots its disk has variables of a firmware; they are made before the disk is."""
+    if files.disk.exists() and files.variables.exists() != isinstance(spec.image.boot, DiskBoot):
+        raise UsageError(
+            f"the disk of the machine {files.name} is of another kind of guest image than {spec.image.name}",
+            resolution=f"Give this one another --name, or `vmbuild destroy {files.name}` (what is on it is lost).",
+        )
+
+
+def _make_disk(spec: MachineSpec, path: Path) -> None:
+    boot = spec.image.boot
+    if not isinstance(boot, DiskBoot):
+        process.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(spec.disk_bytes)])
+        return
+    # The format is said: a disk whose bytes chose it could lead to files of this host.
+    process.run(["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", str(boot.disk), str(path)])
+    if spec.disk_bytes > _virtual_size(path):
+        _grow(path, spec.disk_bytes)
+
+
+def _grow(disk: Path, size: int) -> None:
+    process.run(["qemu-img", "resize", "-q", "-f", "qcow2", str(disk), str(size)])
 
 
 def check_disk(files: MachineFiles, wanted_bytes: int) -> None:
@@ -77,8 +111,13 @@ def check_disk(files: MachineFiles, wanted_bytes: int) -> None:
 
 
 def disk_size(files: MachineFiles) -> int:
-    """Return a disk's virtual size in bytes, as the guest sees it (qcow2's header, bytes 24 to 31)."""
-    with files.disk.open("rb") as disk:
+    """Return a disk's virtual size in bytes, as the guest sees it."""
+    return _virtual_size(files.disk)
+
+
+def _virtual_size(path: Path) -> int:
+    """Read it from qcow2's header, bytes 24 to 31."""
+    with path.open("rb") as disk:
         return int.from_bytes(disk.read(32)[24:32], "big")
 
 
@@ -110,8 +149,12 @@ class Restore:
     fast: bool | None = None
 
 
-def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restore | None = None) -> None:
+def start(
+    spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restore | None = None, first_boot: bool = False
+) -> None:
     """Start QEMU, detached from this process and its terminal; return when it answers on its monitor.
+
+    `first_boot` gives it the drive that tells a disk from elsewhere what to become.
 
     Raises MachineError with QEMU's own words when it does not start.
     """
@@ -121,7 +164,8 @@ def start(spec: MachineSpec, files: MachineFiles, qemu: Qemu, *, restore: Restor
     _make_boxes(files)
     facts = describe(spec, qemu, disk_size(files))
     write_facts(files, facts)
-    argv = qemu_argv(spec, qemu, files, facts.uuid) + (["-incoming", "defer"] if restore else [])
+    argv = qemu_argv(spec, qemu, files, facts.uuid, first_boot=first_boot)
+    argv += ["-incoming", "defer"] if restore else []
     try:
         with ExitStack() as started:
             with writing_in(files.folder):
@@ -369,6 +413,12 @@ def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[Deadline], N
         if not process.wait_gone(pid, Deadline.after(QUIT_S)):
             process.stop(pid, grace_s=QUIT_S)
     _clear_runtime(files)
+
+
+def wait_off(files: MachineFiles, deadline: Deadline) -> bool:
+    """Wait until the guest has powered itself off; tell whether it has."""
+    pid = find_pid(files, load_facts(files))
+    return pid is None or process.wait_gone(pid, deadline)
 
 
 def destroy(files: MachineFiles) -> None:

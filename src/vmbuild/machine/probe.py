@@ -9,14 +9,15 @@ import re
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError
-from vmbuild.model import Arch
+from vmbuild.machine.firmware import Firmware, find_firmware
+from vmbuild.model import Arch, DiskBoot, GuestImage
 from vmbuild.whole import write_whole
 
 BINARIES = {Arch.ARM64: "qemu-system-aarch64", Arch.ARMHF: "qemu-system-arm"}
@@ -33,7 +34,7 @@ KERNEL_RULES = (Path("/proc/sys/kernel/io_uring_disabled"), Path("/proc/self/sta
 class Qemu:
     """A QEMU binary: its path, its machine types, and what of it works on this host.
 
-    `accel` is `tcg`, `kvm` or `hvf`; `aio` is `io_uring` or `threads`.
+    `accel` is `tcg`, `kvm` or `hvf`; `aio` is `io_uring` or `threads`. `firmware` is there when a guest image wants it.
     """
 
     binary: str
@@ -42,6 +43,7 @@ class Qemu:
     accel: str
     aio: str
     sandbox: bool
+    firmware: Firmware | None = None
 
     def newest(self, family: str) -> str:
         """Return the newest versioned machine type of a family, such as `virt-10.0` of `virt`.
@@ -56,6 +58,14 @@ class Qemu:
         if not found:
             raise HostError(f"{self.binary} has no machine type {family}-N.M", resolution="Install QEMU 7.2 or newer.")
         return max(found)[1]
+
+
+def probe_for(image: GuestImage, cache: Path) -> Qemu:
+    """Return what this host's QEMU for a guest image can do, with the firmware that a disk needs. Raises HostError."""
+    qemu = probe(image.arch, cache)
+    if isinstance(image.boot, DiskBoot):
+        return replace(qemu, firmware=find_firmware(image.arch, Path(qemu.binary)))
+    return qemu
 
 
 def probe(arch: Arch, cache: Path) -> Qemu:
@@ -73,6 +83,7 @@ def probe(arch: Arch, cache: Path) -> Qemu:
         kept: dict[str, Any] = json.loads(note.read_text())
         if kept["binary"] == str(binary):
             kept.update({name: tuple(kept[name]) for name in ("machine_types", "cpu_models")})
+            kept.update(firmware=None)
             return Qemu(**kept)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # never asked, or asked by another vmbuild: ask

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.unit.guest.fakes import HostSession
 from vmbuild.guest import channel
 from vmbuild.guest.channel import Channel
+from vmbuild.guest.transfer import TAR
 from vmbuild.model import MIB
+
+needs_tools = pytest.mark.skipif(
+    not (Path(TAR).exists() and shutil.which("zstd")), reason="GNU tar and zstd, which the guest has, are not here"
+)
 
 
 class DriveSession(HostSession):

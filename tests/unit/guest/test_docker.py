@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -10,34 +8,24 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tests.unit.guest.drives import DriveSession, make_channel
+from tests.unit.guest.drives import needs_tools
 from tests.unit.guest.fakes import CountingMeter, FakeSession, HostSession, Reply
-from tests.unit.listener import Listener
 from vmbuild.errors import BuildError, GuestError
 from vmbuild.guest import job
-from vmbuild.guest.channel import Channel
-from vmbuild.guest.context import open_context
 from vmbuild.guest.docker import (
     BUILDX,
-    TAR,
+    BUILDX_CONFIG,
     BuildLog,
     Workspace,
     build_argv,
     configure_tree,
     explain_failure,
-    image_for,
     image_id,
-    import_image,
     pack_tree,
     start_build,
-    unpack_context,
-    unpack_tree,
     workspace,
-    write_file,
 )
-from vmbuild.guest.session import send
-from vmbuild.model import MIB, BuildRequest
-from vmbuild.report import SilentReporter
+from vmbuild.model import BuildRequest
 
 FAILED_RUN = """#5 [build 2/2] RUN exit 3
 #5 ERROR: process "/bin/sh -c exit 3" did not complete successfully: exit code: 3
@@ -99,7 +87,7 @@ def test_argv_has_every_option() -> None:
         build_args=("K=V",),
         labels=("l=1",),
         target="one",
-        platform="linux/arm64",
+        platforms=("linux/arm64", "linux/arm/v7"),
         no_cache=True,
         pull=True,
         progress="rawjson",
@@ -107,7 +95,7 @@ def test_argv_has_every_option() -> None:
     argv = build_argv(job, Workspace("/w"), "/w/context", "/w/context/Dockerfile")
     text = " ".join(argv)
     for part in (
-        "--platform linux/arm64",
+        "--platform linux/arm64,linux/arm/v7",
         "--progress rawjson",
         "--metadata-file /w/metadata.json",
         "--tag a:1 --tag b:2",
@@ -150,7 +138,8 @@ def test_each_option_is_words_of_its_own_before_the_context(job: BuildRequest, w
 
 
 @pytest.mark.parametrize(
-    ("flag", "job"), [("--platform", BuildRequest(".", platform="p")), ("--progress", BuildRequest(".", progress="p"))]
+    ("flag", "job"),
+    [("--platform", BuildRequest(".", platforms=("p",))), ("--progress", BuildRequest(".", progress="p"))],
 )
 def test_what_is_always_said_takes_its_value_from_the_job(flag: str, job: BuildRequest) -> None:
     argv = build_argv(job, WORK, "/c", "/f")
@@ -278,9 +267,10 @@ def test_a_build_is_started_as_a_job_of_its_workspace() -> None:
     start_build(session, WORK, ["buildx", "build"], stdin=None, terminal=(80, 24))
     start_build(session, WORK, ["buildx"], stdin="/w/stdin", terminal=None)
     first, second = (call.argv[1:] for call in session.calls)
-    assert first == ("start", "/w", "80", "24", "buildx", "build")
+    env = ("env", f"BUILDX_CONFIG={BUILDX_CONFIG}")
+    assert first == ("start", "/w", "80", "24", *env, "buildx", "build")
     assert second[:4] == ("start", "/w", "0", "0")
-    assert second[-2:] == ("/w/stdin", "buildx")
+    assert second[-4:] == ("/w/stdin", *env, "buildx")
 
 
 def test_a_quiet_build_says_nothing_unless_it_fails() -> None:
@@ -338,125 +328,6 @@ def test_a_workspace_that_cannot_be_made_is_an_error_of_the_guest() -> None:
         pytest.fail("there is no workspace")
     assert "Read-only" in caught.value.details
     assert session.ran("rm") == []
-
-
-needs_tools = pytest.mark.skipif(
-    not (Path(TAR).exists() and shutil.which("zstd")), reason="GNU tar and zstd, which the guest has, are not here"
-)
-
-
-@pytest.fixture(params=[0, 64 * MIB], ids=["ssh", "drives"])
-def way(request: pytest.FixtureRequest, tmp_path: Path) -> Channel:
-    """Both ways that a context can go."""
-    return make_channel(tmp_path / "drives", request.param)
-
-
-def unpack_for_real(folder: Path, source: Path, way: Channel) -> tuple[Path, int, int]:
-    """Send a folder the way a build does, through this host's shell, zstd and tar; return where it arrived."""
-    work = Workspace(str(folder))
-    Path(work.context).mkdir(parents=True)
-    report = Listener()
-    session = DriveSession(way.inbox.parent)
-    sent = unpack_context(session, work, open_context(source, None, io.BytesIO()).write_tar, way, report)
-    return Path(work.context), sent, report.advanced
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    found = tmp_path / "source"
-    found.mkdir()
-    (found / "Dockerfile").write_text("FROM scratch\n")
-    return found
-
-
-@needs_tools
-def test_a_context_arrives_as_it_was(tmp_path: Path, source: Path, way: Channel) -> None:
-    (source / "sub").mkdir()
-    (source / "sub" / ("n" * 200)).write_bytes(b"deep")
-    (source / "run").write_bytes(b"#!")
-    (source / "run").chmod(0o751)
-    (source / "dangling").symlink_to("nowhere")
-    (source / "grüße").write_bytes(b"utf8")
-    (source / "hard").hardlink_to(source / "run")
-    there, sent, told = unpack_for_real(tmp_path / "work", source, way)
-    assert (there / "sub" / ("n" * 200)).read_bytes() == b"deep"
-    assert (there / "run").stat().st_mode & 0o777 == 0o751
-    assert (there / "dangling").readlink() == Path("nowhere")
-    assert (there / "grüße").read_bytes() == b"utf8"
-    assert (there / "hard").read_bytes() == b"#!"
-    assert told >= sent > 1024
-
-
-@needs_tools
-def test_a_name_that_is_no_utf8_arrives(tmp_path: Path, source: Path, way: Channel) -> None:
-    (source / os.fsdecode(b"caf\xe9")).write_bytes(b"x")
-    there, _, _ = unpack_for_real(tmp_path / "work", source, way)
-    assert b"caf\xe9" in {os.fsencode(path.name) for path in there.iterdir()}
-
-
-@needs_tools
-@pytest.mark.parametrize("when", [4_000_000_000, -1000], ids=["future", "before 1970"])
-def test_a_strange_time_is_no_failure(tmp_path: Path, source: Path, way: Channel, when: int) -> None:
-    """A guest's clock is often behind the host's; tar then warns of every file that was just written."""
-    os.utime(source / "Dockerfile", (when, when))
-    there, _, _ = unpack_for_real(tmp_path / "work", source, way)
-    assert (there / "Dockerfile").read_text() == "FROM scratch\n"
-
-
-@needs_tools
-def test_a_stream_that_is_no_tar_is_an_error(tmp_path: Path, way: Channel) -> None:
-    work = Workspace(str(tmp_path))
-    Path(work.context).mkdir()
-    with pytest.raises(GuestError):
-        unpack_context(DriveSession(way.inbox.parent), work, send(b"no tar at all" * 500), way, SilentReporter())
-
-
-def test_a_full_disk_while_unpacking_is_told_with_a_way_out(way: Channel) -> None:
-    session = FakeSession((("sh",), Reply(2, stderr=b"tar: a: Cannot write: No space left on device\n")))
-    for unpack in (
-        lambda: unpack_context(session, WORK, send(b"x"), way, SilentReporter()),
-        lambda: unpack_tree(session, WORK, send(b"x"), way),
-        lambda: write_file(session, "/w/f", send(b"x")),
-    ):
-        with pytest.raises(GuestError, match="disk is full") as caught:
-            unpack()
-        assert "--disk" in caught.value.resolution
-
-
-def test_a_file_is_written_under_any_name(tmp_path: Path) -> None:
-    for name in ("plain", "a b", "$(false)'\"", "-n"):
-        write_file(HostSession(), str(tmp_path / name), send(b"\0data"))
-        assert (tmp_path / name).read_bytes() == b"\0data"
-
-
-@pytest.mark.parametrize(
-    ("reply", "found"),
-    [
-        (Reply(stdout=b"linux/arm64 sha256:abc\n"), "sha256:abc"),
-        (Reply(stdout=b"linux/arm64/v8 sha256:abc\n"), "sha256:abc"),
-        (Reply(stdout=b"linux/arm/v7 sha256:abc\n"), None),
-        (Reply(stdout=b"linux/amd64 sha256:abc\n"), None),
-        (Reply(1, stderr=b"No such image"), None),
-    ],
-)
-def test_a_container_image_counts_for_its_platform_only(reply: Reply, found: str | None) -> None:
-    assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm64") == found
-
-
-@pytest.mark.parametrize(("variant", "found"), [(b"/v7", "sha256:abc"), (b"/v6", None), (b"", None)])
-def test_a_container_image_of_32_bits_counts_for_its_variant_only(variant: bytes, found: str | None) -> None:
-    reply = Reply(stdout=b"linux/arm" + variant + b" sha256:abc\n")
-    assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm/v7") == found
-
-
-def test_an_import_goes_by_way_of_a_file() -> None:
-    session = FakeSession((("sh", "-c"), Reply()), (("docker", "import"), Reply(stdout=b"sha256:abc\n")))
-    assert import_image(session, WORK, send(b"layer"), "debian:x", "linux/arm64") == "sha256:abc"
-    written, imported = session.calls
-    assert (written.stdin, written.argv[-1]) == (b"layer", WORK.layer)
-    assert imported.argv[-2:] == (WORK.layer, "debian:x")
-    assert imported.argv[imported.argv.index("--platform") + 1] == "linux/arm64"
-    assert 'CMD ["bash"]' in imported.argv
 
 
 def test_configuring_counts_packages_and_shows_the_last_words_of_a_failure() -> None:

@@ -50,7 +50,11 @@ def members(path: Path) -> dict[str, bytes]:
 def test_it_tells_the_guest_all_it_needs_and_nothing_else(tmp_path: Path) -> None:
     before = int(time.time())
     found = members(write(tmp_path))
-    assert set(found) == {"authorized_keys", "dropbear_ed25519_host_key", "entropy", "environment", "hostname", "time"}
+    assert set(found) == {
+        *("authorized_keys", "dropbear_ed25519_host_key", "ssh_host_ed25519_key"),
+        *("entropy", "environment", "hostname", "time"),
+    }
+    assert found["ssh_host_ed25519_key"] == (tmp_path / "host").read_bytes()
     assert len(found["entropy"]) == 64
     assert found["entropy"] != members(write(tmp_path))["entropy"]
     assert found["authorized_keys"] == (tmp_path / "client.pub").read_bytes()
@@ -63,7 +67,9 @@ def test_it_tells_the_guest_all_it_needs_and_nothing_else(tmp_path: Path) -> Non
 def test_the_private_client_key_never_travels(tmp_path: Path) -> None:
     data = write(tmp_path).read_bytes()
     secret = (tmp_path / "client").read_bytes()
-    assert b"PRIVATE KEY" not in data
+    guests_own = (tmp_path / "host").read_bytes()
+    assert guests_own in data
+    assert b"PRIVATE KEY" not in data.replace(guests_own, b"")
     assert secret not in data
     assert dropbear_key(tmp_path / "client")[19:51] not in data
 

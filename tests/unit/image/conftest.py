@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +129,18 @@ def without_ranges(answer: Answer) -> None:
     answer.reply(200, answer.site.files[answer.path])
 
 
+def redirect(place: str) -> Behaviour:
+    """Send whoever asks to another place."""
+
+    def behave(answer: Answer) -> None:
+        answer.send_response(302)
+        answer.send_header("Location", place)
+        answer.send_header("Content-Length", "0")
+        answer.end_headers()
+
+    return behave
+
+
 def send(body: bytes) -> Behaviour:
     """Serve this instead of the file."""
     return lambda answer: answer.reply(200, body)
@@ -169,3 +185,48 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def listener() -> Listener:
     """Return a reporter that remembers."""
     return Listener()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A throw-away GnuPG home with the keys of an archive and of a stranger."""
+
+    home: Path
+
+    def sign(self, text: str, *signers: str) -> bytes:
+        users = [option for signer in signers for option in ("--local-user", f"{signer}@test.invalid")]
+        return self.gpg(*users, "--clearsign", stdin=text.encode())
+
+    def export(self, signer: str) -> Path:
+        path = self.home / f"{signer}.keyring.gpg"
+        path.write_bytes(self.gpg("--export", f"{signer}@test.invalid"))
+        return path
+
+    def gpg(self, *argv: str, stdin: bytes = b"") -> bytes:
+        common = [
+            "gpg",
+            "--homedir",
+            str(self.home),
+            "--batch",
+            "--quiet",
+            "--passphrase",
+            "",
+            "--pinentry-mode=loopback",
+        ]
+        return subprocess.run([*common, *argv], input=stdin, capture_output=True, check=True).stdout
+
+
+@pytest.fixture(scope="session")
+def keys() -> Iterator[Keys]:
+    """Yield keys of `archive`, `old` (unknown to the catalogue), `stranger` and `expired`."""
+    if shutil.which("gpg") is None:
+        pytest.skip("gpg is not installed")
+    with tempfile.TemporaryDirectory(prefix="gpg-", dir="/tmp") as folder:  # a short path: gpg-agent has a socket there
+        made = Keys(Path(folder))
+        made.home.chmod(0o700)
+        for name in ("archive", "old", "stranger"):
+            made.gpg("--quick-gen-key", f"{name}@test.invalid", "ed25519", "sign", "never")
+        past = ("--faked-system-time", "20200101T000000!")
+        made.gpg(*past, "--quick-gen-key", "expired@test.invalid", "ed25519", "sign", "1d")
+        yield made
+        subprocess.run(["gpgconf", "--homedir", folder, "--kill", "all"], check=False)

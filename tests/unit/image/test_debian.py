@@ -6,9 +6,6 @@ import hashlib
 import lzma
 import random
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -16,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.image.conftest import Site, send, status
+from tests.unit.image.conftest import Keys, Site, send, status
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError
 from vmbuild.image import debian, mirrors
@@ -46,51 +43,6 @@ def index(*stanzas: str) -> PackageIndex:
 
 
 # --- signatures and digests -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Keys:
-    """A throw-away GnuPG home with the keys of an archive and of a stranger."""
-
-    home: Path
-
-    def sign(self, text: str, *signers: str) -> bytes:
-        users = [option for signer in signers for option in ("--local-user", f"{signer}@test.invalid")]
-        return self.gpg(*users, "--clearsign", stdin=text.encode())
-
-    def export(self, signer: str) -> Path:
-        path = self.home / f"{signer}.keyring.gpg"
-        path.write_bytes(self.gpg("--export", f"{signer}@test.invalid"))
-        return path
-
-    def gpg(self, *argv: str, stdin: bytes = b"") -> bytes:
-        common = [
-            "gpg",
-            "--homedir",
-            str(self.home),
-            "--batch",
-            "--quiet",
-            "--passphrase",
-            "",
-            "--pinentry-mode=loopback",
-        ]
-        return subprocess.run([*common, *argv], input=stdin, capture_output=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def keys() -> Iterator[Keys]:
-    """Yield keys of `archive`, `old` (unknown to the catalogue), `stranger` and `expired`."""
-    if shutil.which("gpg") is None:
-        pytest.skip("gpg is not installed")
-    with tempfile.TemporaryDirectory(prefix="gpg-", dir="/tmp") as folder:  # a short path: gpg-agent has a socket there
-        made = Keys(Path(folder))
-        made.home.chmod(0o700)
-        for name in ("archive", "old", "stranger"):
-            made.gpg("--quick-gen-key", f"{name}@test.invalid", "ed25519", "sign", "never")
-        past = ("--faked-system-time", "20200101T000000!")
-        made.gpg(*past, "--quick-gen-key", "expired@test.invalid", "ed25519", "sign", "1d")
-        yield made
-        subprocess.run(["gpgconf", "--homedir", folder, "--kill", "all"], check=False)
 
 
 @dataclass

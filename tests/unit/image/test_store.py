@@ -18,6 +18,7 @@ from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import appliance, debian, fetch, packages, store
 from vmbuild.image.packages import Package
+from vmbuild.image.prune import prune
 from vmbuild.image.store import Check, ensure, find, recipe_digest, verify
 from vmbuild.model import ApplianceSpec, Arch, GuestImage, KernelBoot, Repository
 from vmbuild.report import Reporter, SilentReporter
@@ -506,7 +507,7 @@ def test_prune_deletes_what_no_row_leads_to(spec: ApplianceSpec, cache: Path) ->
     (cache / "packages").mkdir()
     (cache / "packages" / "tool.deb").write_bytes(bytes(100_000))
     (cache / "bases").mkdir()
-    freed = store.prune([spec], cache, SilentReporter(), everything=False, needed={})
+    freed = prune([spec], cache, SilentReporter(), everything=False, needed={})
     assert {(each.what, each.name) for each in freed} == {
         ("guest image", old.digest),
         ("guest image", ".test~killed"),
@@ -516,14 +517,14 @@ def test_prune_deletes_what_no_row_leads_to(spec: ApplianceSpec, cache: Path) ->
     assert folders(cache) == [now.digest]
     assert find(spec, cache) == now
     assert (cache / "bases").exists()
-    assert store.prune([spec], cache, SilentReporter(), everything=False, needed={}) == []
+    assert prune([spec], cache, SilentReporter(), everything=False, needed={}) == []
 
 
 @pytest.mark.usefixtures("assembler")
 def test_prune_of_everything_leaves_nothing_and_harms_nothing(spec: ApplianceSpec, cache: Path) -> None:
     make(spec, cache)
     (cache / "bases").mkdir()
-    store.prune([spec], cache, SilentReporter(), everything=True, needed={})
+    prune([spec], cache, SilentReporter(), everything=True, needed={})
     assert folders(cache) == []
     assert find(spec, cache) is None
     assert not (cache / "bases").exists()
@@ -537,7 +538,7 @@ def test_prune_keeps_what_somebody_needs_and_says_so(spec: ApplianceSpec, cache:
     old = replace(spec, kernel_args=("old",))
     image = make(old, cache)
     report = Listener()
-    freed = store.prune([spec], cache, report, everything=everything, needed={image.digest: "the machine box"})
+    freed = prune([spec], cache, report, everything=everything, needed={image.digest: "the machine box"})
     assert [each.name for each in freed] == [other.digest]
     assert report.heard == [f"Keeping the guest image {image.digest[:12]}: the machine box needs it"]
     assert find(old, cache) == image
@@ -546,9 +547,9 @@ def test_prune_keeps_what_somebody_needs_and_says_so(spec: ApplianceSpec, cache:
 @pytest.mark.usefixtures("assembler")
 def test_prune_has_nothing_to_say_of_what_it_keeps_anyway(spec: ApplianceSpec, cache: Path) -> None:
     report = Listener()
-    store.prune([spec], cache, report, everything=False, needed={make(spec, cache).digest: "the machine box"})
+    prune([spec], cache, report, everything=False, needed={make(spec, cache).digest: "the machine box"})
     assert report.heard == []
 
 
 def test_prune_of_an_empty_cache_frees_nothing(spec: ApplianceSpec, cache: Path) -> None:
-    assert store.prune([spec], cache, SilentReporter(), everything=True, needed={}) == []
+    assert prune([spec], cache, SilentReporter(), everything=True, needed={}) == []

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild.machine.argv import qemu_argv
+from vmbuild.machine.argv import neutral_argv, qemu_argv
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.firmware import Firmware
 from vmbuild.machine.probe import Qemu
-from vmbuild.model import Arch, MachineSpec
+from vmbuild.model import Arch, DiskBoot, MachineSpec
 
 UUID = "00000000-0000-4000-8000-000000000000"
 FILES = MachineFiles(Path("/state/machines/box"))
@@ -111,3 +112,54 @@ def test_without_a_sandbox_or_io_uring() -> None:
     argv = argv_of(make_spec(IMAGE), replace(make_qemu(sandbox=False), aio="threads"))
     assert "-sandbox" not in argv
     assert "io_uring" not in " ".join(argv)
+
+
+FIRMWARE = Firmware(Path("/fw/CODE,1.fd"), Path("/fw/VARS.fd"))
+
+
+def disk_argv(*, first_boot: bool = False, firmware: Firmware = FIRMWARE) -> list[str]:
+    spec = make_spec(IMAGE)
+    spec = replace(spec, image=replace(spec.image, boot=DiskBoot(IMAGE / "disk.qcow2")))
+    return qemu_argv(spec, replace(make_qemu(), firmware=firmware), FILES, UUID, first_boot=first_boot)
+
+
+def test_a_disk_is_booted_by_firmware_instead_of_a_kernel() -> None:
+    appliance, disk = argv_of(make_spec(IMAGE), make_qemu()), disk_argv()
+    at = appliance.index("-kernel")
+    assert disk[: at - 12] == appliance[: at - 12]
+    assert after(disk, "-machine") == ["virt-10.0,gic-version=3,pflash0=code,pflash1=variables"]
+    assert disk[at : at + 8] == [
+        *("-blockdev", "driver=file,node-name=code-file,read-only=on,filename=/fw/CODE,,1.fd"),
+        *("-blockdev", "driver=raw,node-name=code,read-only=on,file=code-file"),
+        *("-blockdev", "driver=file,node-name=variables-file,filename=variables.fd"),
+        *("-blockdev", "driver=raw,node-name=variables,file=variables-file"),
+    ]
+    behind = appliance.index("-append") + 2 + 6  # and the drive of the root file system
+    network = "user,id=net,net=10.0.2.0/24,{}hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"
+    assert [word.replace(network.format("ipv6=off,"), network.format("")) for word in disk[at + 8 :]] == appliance[
+        behind:
+    ]
+
+
+def test_the_drive_of_the_first_boot_is_there_only_then() -> None:
+    more = [word for word in disk_argv(first_boot=True) if word not in disk_argv()]
+    assert more == [
+        "driver=file,node-name=cidata-file,aio=io_uring,read-only=on,filename=first-boot.iso",
+        "driver=raw,node-name=cidata,read-only=on,file=cidata-file",
+        "virtio-blk-pci,drive=cidata,serial=vmbuild-cidata",
+    ]
+
+
+def test_firmware_may_be_kept_as_qcow2() -> None:
+    drives = after(disk_argv(firmware=replace(FIRMWARE, code_format="qcow2", variables_format="qcow2")), "-blockdev")
+    assert drives[1].startswith("driver=qcow2,node-name=code,")
+    assert drives[3].startswith("driver=qcow2,node-name=variables,")
+
+
+def test_a_machine_that_boots_a_disk_is_the_same_wherever_its_files_are() -> None:
+    def neutral(image: Path, firmware: Firmware) -> list[str]:
+        spec = make_spec(image)
+        spec = replace(spec, image=replace(spec.image, boot=DiskBoot(image / "disk.qcow2")))
+        return neutral_argv(spec, replace(make_qemu(), firmware=firmware))
+
+    assert neutral(IMAGE, FIRMWARE) == neutral(Path("/other"), Firmware(Path("/x"), Path("/y"), code_format="qcow2"))

@@ -1,0 +1,76 @@
+"""How the host reaches a machine's guest: keys that both know, a session over SSH, the drives of bulk data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from vmbuild.deadline import Deadline
+from vmbuild.errors import MachineError, UsageError
+from vmbuild.guest import ready, seed, ssh
+from vmbuild.guest.channel import Channel
+from vmbuild.guest.session import Session
+from vmbuild.machine import lifetime
+from vmbuild.machine.files import MachineFiles
+from vmbuild.model import Endpoint, Home
+from vmbuild.report import Reporter
+
+
+def write_seed(files: MachineFiles, hostname: str, environment: Mapping[str, str]) -> None:
+    """Write what the guest is told before it first listens. Raises HostError."""
+    seed.write_seed(
+        files.seed, hostname=hostname, client_key=files.client_key, host_key=files.host_key, environment=environment
+    )
+
+
+def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Session:
+    """Return a session in a machine's guest when it is ready. Raises GuestError, or MachineError when QEMU is gone."""
+    return ready.wait_ready(
+        lambda limit: connect(files, limit), lambda: lifetime.check_running(files), deadline, report
+    )
+
+
+def connect(files: MachineFiles, limit: Deadline) -> Session:
+    """Return a session in a machine's guest. Raises GuestError or MachineError."""
+    return ssh.SshSession.connect(_endpoint(files), limit, lambda: lifetime.check_running(files))
+
+
+def _endpoint(files: MachineFiles) -> Endpoint:
+    now = lifetime.status(files)
+    if now.ssh_port is None:
+        raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
+    return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
+
+
+def channel_of(files: MachineFiles) -> Channel:
+    """Return the drives of a machine that carry bulk data."""
+    return Channel(files.inbox, files.outbox, files.folder / ".boxes.lock")
+
+
+@contextmanager
+def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
+    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+    files = MachineFiles.at(home.state, name)
+    state = lifetime.status(files).state
+    if state == "suspended":
+        lifetime.check_alive(files)
+    if state != "running":
+        raise MachineError(
+            f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
+        )
+    session = connect(files, Deadline.after(limit_s))
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def existing(name: str, home: Home) -> MachineFiles:
+    """Return the files of a machine that there is. Raises UsageError when there is none by this name."""
+    files = MachineFiles.at(home.state, name)
+    if not files.folder.exists():
+        raise UsageError(
+            f"there is no machine named {name}",
+            resolution=f"Make it with `vmbuild up --name {name}`, or see `vmbuild list`.",
+        )
+    return files
