@@ -7,7 +7,7 @@ is one function, its steps in order; no step calls the next.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +17,12 @@ from typing import BinaryIO
 from vmbuild import follow, operate, process, record, settle
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, context, docker, oom, sync, transfer
+from vmbuild.guest import archive, bases, context, docker, oom, sync, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
+from vmbuild.image.base import BasePlan
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
@@ -30,6 +31,7 @@ from vmbuild.reach import channel_of
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
+from vmbuild.whole import hash_file
 
 
 def build(
@@ -81,7 +83,7 @@ def _build_once(
     begun = time.time()
     files = MachineFiles.at(home.state, request.name)
     arch = settle.machine_arch(request, files, home.cache)
-    asked = replace(asked, platform=settle.choose_platform(asked.platform, arch))
+    asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
@@ -204,32 +206,50 @@ def _forget_old_results(asked: BuildRequest) -> None:
 
 
 def base(
-    request: MachineRequest, reference: str, home: Home, report: Reporter, *, platform: str | None, force: bool
+    request: MachineRequest,
+    reference: str,
+    home: Home,
+    report: Reporter,
+    *,
+    platforms: Sequence[str],
+    force: bool,
 ) -> BaseResult:
-    """Make a Debian base image in the guest from signed packages. Needs no registry."""
+    """Make a Debian base image in the guest from signed packages, for each platform. Needs no registry.
+
+    What the machine has of it for other platforms stays.
+    """
     spec = catalog.load_base(reference)
     files = MachineFiles.at(home.state, request.name)
-    platform = settle.choose_platform(platform, settle.machine_arch(request, files, home.cache))
-    if platform not in PLATFORMS:
-        raise UsageError(
-            f"vmbuild cannot make a base image for {platform}", resolution=f"Choose one of: {', '.join(PLATFORMS)}."
-        )
+    platforms = settle.choose_platforms(platforms, settle.machine_arch(request, files, home.cache))
     with open_session(request, home, report) as session:
-        if not force and (found := docker.image_for(session, spec.repo_tag, platform)):
-            return BaseResult(spec.repo_tag, platform, found)
+        found = bases.find(session, spec.repo_tag)
+        have = found.manifests if found else {}
+        missing = [name for name in platforms if force or name not in have]
+        if found and not missing:
+            return BaseResult(spec.repo_tag, platforms, found.image_id)
         mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
-        plan = base_image.plan(spec, PLATFORMS[platform], mirrors, home.cache, report)
+        layers = {}
+        for name in missing:
+            plan = base_image.plan(spec, PLATFORMS[name].debian, mirrors, home.cache, report)
+            layers[name] = _make_layer(plan, session, channel_of(files), report)
+        report.step(f"Loading {spec.repo_tag}")
         with docker.workspace(session) as work:
-            if not base_image.is_kept(plan):
-                report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-                tree = partial(base_image.write_plan, plan, report=report)
-                transfer.unpack_tree(session, work.context, tree, channel_of(files))
-                report.step("Configuring the packages in the guest")
-                with report.meter("configure", len(plan.packages), unit="packages") as meter:
-                    docker.configure_tree(session, work, meter)
-                report.step("Bringing the base image back, for the next machine")
-                with base_image.layer_writer(plan) as write:
-                    docker.pack_tree(session, work, write)
-            report.step(f"Loading {spec.repo_tag}")
-            made = docker.import_image(session, work, base_image.feed_layer(plan), spec.repo_tag, platform)
-            return BaseResult(spec.repo_tag, platform, made)
+            write = partial(bases.write_archive, reference=spec.repo_tag, layers=layers, others=have)
+            transfer.write_file(session, work.archive, write)
+            return BaseResult(spec.repo_tag, platforms, bases.load(session, work.archive, spec.repo_tag))
+
+
+def _make_layer(plan: BasePlan, session: Session, channel: Channel, report: Reporter) -> bases.Layer:
+    """Return a base image's layer, made in the guest when the host has not kept it."""
+    if not base_image.is_kept(plan):
+        with docker.workspace(session) as work:
+            report.step(f"Unpacking {len(plan.packages)} packages in the guest")
+            tree = partial(base_image.write_plan, plan, report=report)
+            transfer.unpack_tree(session, work.context, tree, channel)
+            report.step("Configuring the packages in the guest")
+            with report.meter("configure", len(plan.packages), unit="packages") as meter:
+                docker.configure_tree(session, work, meter)
+            report.step("Bringing the base image back, for the next machine")
+            with base_image.layer_writer(plan) as write:
+                docker.pack_tree(session, work, write)
+    return bases.Layer(plan.layer, hash_file(plan.layer), base_image.hash_plain(plan.layer))

@@ -64,13 +64,53 @@ ARCH_DEFAULTS = {
     Arch.ARMHF: ArchDefaults("arm", "debian-13-armhf"),
 }
 
-PLATFORMS = {"linux/arm64": Arch.ARM64, "linux/arm/v7": Arch.ARMHF}
-"""The container platforms that a base image can be made for, and the Debian architecture of each."""
-
 
 def arch_name(arch: str) -> str:
     """Return an architecture as users write it: `arm` for Debian's `armhf`."""
     return next(name for name, each in ARCHES.items() if each == arch)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A platform that container images are built for: its parts as OCI image specs name them, and Debian's name.
+
+    `debian` is the architecture whose packages run on every CPU of the platform; a machine's own architecture (`Arch`)
+    is another matter.
+    """
+
+    name: str
+    architecture: str
+    variant: str
+    debian: str
+
+
+PLATFORMS = {
+    row.name: row
+    for row in (
+        Platform("linux/arm64", "arm64", "", "arm64"),
+        Platform("linux/arm/v7", "arm", "v7", "armhf"),
+        Platform("linux/arm/v6", "arm", "v6", "armel"),
+    )
+}
+"""The container platforms that an ARM machine builds for, by name."""
+
+PLATFORM_ALIASES = {"linux/arm64/v8": "linux/arm64", "linux/arm": "linux/arm/v7"}
+"""What else Docker takes for a platform's name (containerd, platforms.Normalize)."""
+
+
+def parse_platforms(text: str) -> tuple[str, ...]:
+    """Return the platforms of a list with commas, by their names in PLATFORMS, as they come.
+
+    Raises UsageError for one that nobody knows, and for one that is there twice.
+    """
+    names = [PLATFORM_ALIASES.get(word, word) for word in (part.strip() for part in text.split(","))]
+    for name in names:
+        if name not in PLATFORMS:
+            what = f"vmbuild does not build for {name!r}" if name else f"a platform is missing in {text!r}"
+            raise UsageError(what, resolution=f"Choose among {', '.join(PLATFORMS)}; several with commas between.")
+        if names.count(name) > 1:
+            raise UsageError(f"the platform {name} is given twice", resolution="Name each platform once.")
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -285,10 +325,11 @@ class MachineStatus:
 class BuildRequest:
     """One `docker build`, as the user asked for it.
 
-    `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is a
-    docker archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
-    columns and rows of the terminal that BuildKit may draw on. `platform` is None for the machine's own. `oom_retry`
-    builds again, with more memory, what ran out of it.
+    `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is an
+    archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
+    columns and rows of the terminal that BuildKit may draw on. `platforms` are names of PLATFORMS, none for the
+    machine's own; several make one container image with an index. `oom_retry` builds again, with more memory, what ran
+    out of it.
     """
 
     context: str
@@ -297,7 +338,7 @@ class BuildRequest:
     build_args: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     target: str | None = None
-    platform: str | None = None
+    platforms: tuple[str, ...] = ()
     no_cache: bool = False
     pull: bool = False
     progress: str = "plain"
@@ -314,7 +355,7 @@ class BaseResult:
     """A base image that a machine now has."""
 
     reference: str
-    platform: str
+    platforms: tuple[str, ...]
     image_id: str
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.model import ARCH_DEFAULTS, MIB, Arch, ImageSpec, MachineRequest, arch_name, format_size
 
 RUNS = {
-    Arch.ARM64: ("linux/arm64", "linux/arm64/v8"),
+    Arch.ARM64: ("linux/arm64", "linux/arm/v7", "linux/arm/v6"),
     Arch.ARMHF: ("linux/arm/v7", "linux/arm/v6"),
 }
 """The platforms that a machine of an architecture builds for, its own first."""
@@ -96,11 +97,11 @@ def limit_memory(memory_mib: int, arch: Arch) -> int:
     return min(memory_mib, ROWS[arch].max_memory_mib or memory_mib)
 
 
-def choose_platform(asked: str | None, arch: Arch) -> str:
-    """Return the platform to build for, by default the machine's own. Raises UsageError for one that it cannot run."""
-    platform = asked or default_platform(arch)
-    refuse_foreign([platform], arch)
-    return platform
+def choose_platforms(asked: Sequence[str], arch: Arch) -> tuple[str, ...]:
+    """Return the platforms to build for, by default the machine's own. Raises UsageError for one that it cannot run."""
+    platforms = tuple(asked) or (default_platform(arch),)
+    refuse_foreign(platforms, arch)
+    return platforms
 
 
 def default_platform(arch: Arch) -> str:
@@ -108,7 +109,7 @@ def default_platform(arch: Arch) -> str:
     return RUNS[arch][0]
 
 
-def refuse_foreign(platforms: list[str], arch: Arch) -> None:
+def refuse_foreign(platforms: Sequence[str], arch: Arch) -> None:
     """Raise UsageError for a platform whose programs a machine of this architecture cannot run."""
     for platform in platforms:
         if platform not in RUNS[arch]:

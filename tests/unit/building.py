@@ -15,7 +15,7 @@ from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import VmbuildError
 from vmbuild.guest import channel, job, sync
-from vmbuild.guest.archive import BLOBS
+from vmbuild.guest.oci import BLOBS
 from vmbuild.guest.session import ConnectionLostError
 
 CONFIG = b"{}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmbuild.guest.archive import BLOBS
+from vmbuild.guest.oci import BLOBS
 from vmbuild.model import SYSTEMS
 
 ROOT = Path(__file__).parents[2] / "images" / "guest" / "root"
@@ -52,7 +52,11 @@ def test_docker_is_asked_to_end_before_containerd_and_neither_is_waited_for_for_
 
 DISK = ROOT.parent / "disk"
 SCRIPTS = [
-    *(path for path in (ROOT / "usr/lib/vmbuild").iterdir() if path.read_text().startswith("#!/bin/sh")),
+    *(
+        path
+        for path in (ROOT / "usr/lib/vmbuild").rglob("*")
+        if path.is_file() and path.read_text().startswith("#!/bin/sh")
+    ),
     *(DISK / "root/usr/lib/vmbuild").iterdir(),
     *(PARTS, DISK / "provision", DISK / "root/usr/share/vmbuild/own"),
 ]

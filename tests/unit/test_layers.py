@@ -70,6 +70,8 @@ GUEST = {
     "sync",
     "transfer",
     "archive",
+    "oci",
+    "bases",
 }
 COMMANDS = {"build", "machine", "top", "cache", "host"}
 
@@ -143,7 +145,9 @@ ALLOWED: dict[str, set[str]] = {
     "guest.transfer": GROUND | {"guest.session", "guest.channel"},
     "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
-    "guest.archive": GROUND | {"guest.session", "guest.channel"},
+    "guest.oci": GROUND | {"guest.session"},
+    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
+    "guest.bases": GROUND | {"guest.session", "guest.oci"},
     "settle": GROUND
     | {"image.catalog", "image.given"}
     | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vmbuild.errors import UsageError
-from vmbuild.model import GIB, KIB, MIB, format_size, parse_size
+from vmbuild.model import GIB, KIB, MIB, format_size, parse_platforms, parse_size
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,32 @@ def test_nonsense_is_refused_by_name(text: str) -> None:
 )
 def test_sizes_as_people_read_them(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "platforms"),
+    [
+        ("linux/arm64", ("linux/arm64",)),
+        ("linux/arm64/v8", ("linux/arm64",)),
+        ("linux/arm", ("linux/arm/v7",)),
+        ("linux/arm/v6, linux/arm64,linux/arm/v7", ("linux/arm/v6", "linux/arm64", "linux/arm/v7")),
+    ],
+)
+def test_platforms_are_a_list_with_commas(text: str, platforms: tuple[str, ...]) -> None:
+    assert parse_platforms(text) == platforms
+
+
+@pytest.mark.parametrize(
+    ("text", "brief"),
+    [
+        ("linux/amd64", "does not build for 'linux/amd64'"),
+        ("linux/arm64,linux/arm/v5", "does not build for 'linux/arm/v5'"),
+        ("linux/arm64,", "a platform is missing"),
+        ("", "a platform is missing"),
+        ("linux/arm64,linux/arm64/v8", "linux/arm64 is given twice"),
+    ],
+)
+def test_a_list_of_platforms_that_makes_no_sense_is_refused(text: str, brief: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(brief)) as caught:
+        parse_platforms(text)
+    assert caught.value.resolution

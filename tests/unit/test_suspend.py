@@ -19,6 +19,7 @@ from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError, SuspendedError, UsageError
 from vmbuild.guest import ready
+from vmbuild.guest.bases import Tagged
 from vmbuild.image import store
 from vmbuild.machine import lifetime, migration, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
@@ -340,10 +341,11 @@ def test_suspend_up_and_down_at_the_edge(files: MachineFiles, edge: None, capsys
 def test_a_base_image_is_made_in_one_that_goes_on(
     home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build.docker, "image_for", lambda *_: "sha256:there")  # type: ignore[attr-defined]
+    there = Tagged("sha256:there", {"linux/arm64": {}})
+    monkeypatch.setattr(build.bases, "find", lambda *_: there)  # type: ignore[attr-defined]
     report = Listener()
-    made = build.base(REQUEST, "debian:trixie-slim", home, report, platform=None, force=False)
-    assert made == BaseResult("debian:trixie-slim", "linux/arm64", "sha256:there")
+    made = build.base(REQUEST, "debian:trixie-slim", home, report, platforms=(), force=False)
+    assert made == BaseResult("debian:trixie-slim", ("linux/arm64",), "sha256:there")
     assert report.steps == ["Going on with the suspended machine box"]
 
 

@@ -5,23 +5,36 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import click
 
 from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options
 from vmbuild.errors import UsageError
-from vmbuild.model import BuildRequest, BuildResult, format_size
+from vmbuild.model import BuildRequest, BuildResult, format_size, parse_platforms
 from vmbuild.settings import BUILD_LIMITS, Settings, machine_options
 
 if TYPE_CHECKING:
     from vmbuild.guard import Limits
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 limit_options = machine_options(*BUILD_LIMITS)
 suspend_to_option = click.option(
     "--suspend-to", metavar="FILE|DIR", help="Where the bundle goes that --time-limit makes; without: stay here."
 )
+
+
+def platform_option(text: str) -> Callable[[F], F]:
+    """Return a decorator that gives a click command the option of its platforms."""
+    return click.option(
+        *("--platform", "platforms"),
+        metavar="PLATFORM[,...]",
+        callback=lambda _context, _option, value: parse_platforms(value) if value is not None else (),
+        help=f"{text} [default: the machine's own]",
+    )
 
 
 @click.command("build")
@@ -31,7 +44,7 @@ suspend_to_option = click.option(
 @click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]", help="A build argument; repeatable.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label; repeatable.")
 @click.option("--target", metavar="STAGE", help="Build this stage and stop.")
-@click.option("--platform", metavar="PLATFORM", help="The platform to build for. [default: the machine's own]")
+@platform_option("The platforms to build for, with commas between; several make one image with an index.")
 @click.option("--no-cache", is_flag=True, help="Do not use the build cache.")
 @click.option("--pull", is_flag=True, help="Ask the registry for newer base images.")
 @click.option(
@@ -41,7 +54,7 @@ suspend_to_option = click.option(
     show_default=True,
     help="How BuildKit shows what it does; rawjson is for programs.",
 )
-@click.option("-o", "--output", metavar="FILE|-", help="Write the container image as a docker archive; - is stdout.")
+@click.option("-o", "--output", metavar="FILE|-", help="Write the container image as an archive; - is stdout.")
 @click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
@@ -120,21 +133,21 @@ def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) ->
 
 @click.command()
 @click.argument("reference", metavar="DEBIAN:SUITE-slim")
-@click.option("--platform", metavar="PLATFORM", help="The base image's platform. [default: the machine's own]")
+@platform_option("The platforms of the base image, with commas between; those made before stay.")
 @click.option("--force", is_flag=True, help="Make it also when the machine has one by this name.")
 @start_options
 @as_json
-def base(reference: str, platform: str | None, force: bool, as_json: bool, **flags: Any) -> None:
+def base(reference: str, platforms: tuple[str, ...], force: bool, as_json: bool, **flags: Any) -> None:
     """Make a Debian base image from signed packages, where no registry can be reached."""
     from vmbuild import build, ui
 
     found = read_settings(flags)
     reporter = ui.TerminalReporter()
-    made = build.base(found.as_request(), reference, found.home(), reporter, platform=platform, force=force)
+    made = build.base(found.as_request(), reference, found.home(), reporter, platforms=platforms, force=force)
     if as_json:
         ui.print_json(made)
     else:
-        ui.say(f"FROM {reference} works now ({made.image_id}).")
+        ui.say(f"FROM {reference} works now for {', '.join(made.platforms)} ({made.image_id}).")
 
 
 def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) -> Limits:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest import job
-from vmbuild.guest.session import Feed, Output, Session, capture
-from vmbuild.guest.transfer import TAR, disk_full, write_file
+from vmbuild.guest.session import Output, Session, capture
+from vmbuild.guest.transfer import TAR, disk_full
 from vmbuild.model import BuildRequest
 from vmbuild.report import Meter
 
@@ -54,9 +54,9 @@ class Workspace:
         return f"{self.folder}/stdin"
 
     @property
-    def layer(self) -> str:
-        """Where the layer of a base image lies before Docker has it."""
-        return f"{self.folder}/layer.tar.gz"
+    def archive(self) -> str:
+        """Where a base image's archive lies before Docker has it."""
+        return f"{self.folder}/base.tar"
 
     @property
     def metadata(self) -> str:
@@ -89,7 +89,7 @@ def workspace(session: Session) -> Iterator[Workspace]:
 
 def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
     """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
-    argv = [BUILDX, "build", *(("--platform", asked.platform) if asked.platform else ()), "--progress", asked.progress]
+    argv = [BUILDX, "build", "--platform", ",".join(asked.platforms), "--progress", asked.progress]
     argv += ["--metadata-file", work.metadata, "--provenance", "false"]
     argv += ["--output", "type=image,compression=uncompressed"]  # gzip in emulated Go makes 2 MB/s
     for flag, values in (("--tag", asked.tags), ("--build-arg", asked.build_args), ("--label", asked.labels)):
@@ -180,26 +180,6 @@ def _advice(what: str) -> str:
             "makes one from signed packages, without a registry."
         )
     return ""
-
-
-def import_image(session: Session, work: Workspace, feed: Feed, reference: str, platform: str) -> str:
-    """Make a container image of one layer out of a gzip-compressed tar stream; return its id. Raises GuestError."""
-    changes = ('CMD ["bash"]', "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    options = [part for change in changes for part in ("--change", change)]
-    # By way of a file: fed through the emulated client's standard input it takes three times as long.
-    write_file(session, work.layer, feed)
-    return capture(session, ["docker", "import", "--platform", platform, *options, work.layer, reference]).strip()
-
-
-def image_for(session: Session, reference: str, platform: str) -> str | None:
-    """Return the id of the guest's container image by this name, None when it has none for this platform."""
-    out = bytearray()
-    platform_and_id = "{{.Os}}/{{.Architecture}}{{with .Variant}}/{{.}}{{end}} {{.Id}}"
-    argv = ["docker", "image", "inspect", "--format", platform_and_id, reference]
-    if session.run(argv, on_stdout=out.extend) != 0:
-        return None
-    found, _, identity = out.decode().strip().partition(" ")
-    return identity if f"{found}/".startswith(f"{platform}/") else None  # linux/arm64/v8 is linux/arm64
 
 
 def configure_tree(session: Session, work: Workspace, meter: Meter) -> None:

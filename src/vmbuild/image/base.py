@@ -26,7 +26,6 @@ from vmbuild.image.debian import open_indexes
 from vmbuild.image.fetch import fetch_all
 from vmbuild.image.packages import Package, PackageIndex, package_downloads, package_path, resolve_closure
 from vmbuild.image.tree import File, Keep, Member, TreeWriter, Writable, read_members
-from vmbuild.model import Arch
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, open_whole, write_whole
 
@@ -158,15 +157,15 @@ class BasePlan:
     layer: Path
 
 
-def plan(spec: BaseSpec, arch: Arch, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> BasePlan:
-    """Resolve and fetch a base image's packages. Raises GuestImageError."""
+def plan(spec: BaseSpec, arch: str, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> BasePlan:
+    """Resolve and fetch the packages of a base image for a Debian architecture. Raises GuestImageError."""
     report.step(f"Reading the package lists for {spec.repo_tag}")
     indexes = open_indexes(spec.repositories, arch, mirrors, spec.keyrings, cache / "indexes", report)
     packages = resolve_closure(indexes, spec.packages, essential=spec.essential)
     report.step(f"Downloading {len(packages)} packages")
     fetch_all(package_downloads(packages, cache / "packages"), report, label="download")
     sources = "\n".join(map(_source, indexes))
-    facts = [RECIPE, str(arch), sources, spec.exclude, [package.sha256 for package in packages]]
+    facts = [RECIPE, arch, sources, spec.exclude, [package.sha256 for package in packages]]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = cache / "bases"
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,12 +244,10 @@ def known_layers(cache: Path) -> Callable[[str], Path | None]:
     return find
 
 
-def feed_layer(plan: BasePlan) -> Callable[[Writable], None]:
-    """Return what writes the plan's layer."""
-
-    def feed(sink: Writable) -> None:
-        with plan.layer.open("rb") as file:
-            while data := file.read(CHUNK_BYTES):
-                sink.write(data)
-
-    return feed
+def hash_plain(layer: Path) -> str:
+    """Return the SHA-256 of a layer's tar before it was compressed, in hexadecimal."""
+    digest = hashlib.sha256()
+    with gzip.open(layer) as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

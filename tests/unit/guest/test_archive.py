@@ -19,8 +19,9 @@ import zstandard
 from tests.unit.guest.drives import DriveSession, make_channel
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
-from vmbuild.guest import archive
-from vmbuild.guest.archive import check_output, full_reference, open_output, write_archive
+from vmbuild.guest import oci
+from vmbuild.guest.archive import check_output, open_output, write_archive
+from vmbuild.guest.oci import full_reference
 from vmbuild.guest.session import Feed, Output, Tick
 from vmbuild.report import SilentReporter
 
@@ -120,7 +121,7 @@ def test_by_way_of_the_drives_it_is_the_same_archive(tmp_path: Path, monkeypatch
     blobs.mkdir()
     for name, data in store.blobs.items():
         (blobs / name).write_bytes(data)
-    monkeypatch.setattr(archive, "BLOBS", str(blobs))
+    monkeypatch.setattr(oci, "BLOBS", str(blobs))
     local = tmp_path / "layer"
     local.write_bytes(other[1])
     for known in ({}, {digest(other[1]): local}):
@@ -329,13 +330,63 @@ def test_a_manifest_that_makes_no_sense_is_an_error_of_the_guest(text: bytes) ->
         write(store)
 
 
-def test_an_index_of_several_platforms_is_told() -> None:
-    def become_an_index(manifest: dict[str, object]) -> None:
-        manifest["manifests"] = manifest.pop("layers")
+def unite(*stores: BlobStore, change: Callable[[dict[str, object]], None] = lambda _: None) -> BlobStore:
+    """Return a store whose container image is an index of the others'."""
+    united = BlobStore()
+    united.blobs = {name: data for store in stores for name, data in store.blobs.items()}
+    entries = [
+        {"mediaType": oci.MANIFEST, "digest": f"sha256:{store.digest}", "size": len(store.blobs[store.digest])}
+        for store in stores
+    ]
+    index = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": entries}
+    change(index)
+    data = json.dumps(index).encode()
+    united.digest = digest(data)
+    united.blobs[united.digest] = data
+    return united
 
-    store = relabel(BlobStore(LAYER), become_an_index)
-    with pytest.raises(GuestError, match="several platforms"):
+
+def test_an_index_makes_an_archive_of_all_that_it_names() -> None:
+    """Each blob is there once, though the two have a layer and the config in common, and no manifest is preferred."""
+    one, other = BlobStore(LAYER), BlobStore(GZIPPED, LAYER)
+    store = unite(one, other)
+    archive = write(store)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        names = tar.getnames()
+    assert len(set(names)) == len(names)
+    found = members(archive)
+    assert set(found) == {f"blobs/sha256/{name}" for name in store.blobs} | {"index.json", "oci-layout"}
+    assert all(digest(data) == name.rpartition("/")[2] for name, data in found.items() if name.startswith("blobs/"))
+    (top,) = json.loads(found["index.json"])["manifests"]
+    assert (top["digest"], top["mediaType"]) == (f"sha256:{store.digest}", oci.INDEX)
+    assert top["annotations"]["io.containerd.image.name"] == "docker.io/library/a:1"
+
+
+@pytest.mark.parametrize("which", ["one", "other"])
+def test_a_manifest_of_an_index_with_other_content_is_refused(which: str) -> None:
+    stores = {"one": BlobStore(LAYER), "other": BlobStore(GZIPPED)}
+    store = unite(*stores.values())
+    store.blobs[stores[which].digest] = store.blobs[stores[which].digest].replace(b"sha256", b"sha512")
+    with pytest.raises(GuestError, match="other content"):
         write(store)
+
+
+@pytest.mark.parametrize(
+    "entries", [None, {}, [1], [{}], [{"digest": "sha256:../../etc", "size": 1, "mediaType": "m"}]]
+)
+def test_an_index_that_makes_no_sense_is_an_error_of_the_guest(entries: object) -> None:
+    with pytest.raises(GuestError):
+        write(unite(BlobStore(LAYER), change=lambda index: index.update(manifests=entries)))
+
+
+def test_a_manifest_of_another_size_than_its_index_says_is_refused() -> None:
+    def change(index: dict[str, object]) -> None:
+        entries = index["manifests"]
+        assert isinstance(entries, list)
+        entries[0]["size"] += 1
+
+    with pytest.raises(GuestError, match="another size"):
+        write(unite(BlobStore(LAYER), change=change))
 
 
 def test_a_blob_that_the_guest_has_not_is_told(tmp_path: Path) -> None:

@@ -20,14 +20,11 @@ from vmbuild.guest.docker import (
     build_argv,
     configure_tree,
     explain_failure,
-    image_for,
     image_id,
-    import_image,
     pack_tree,
     start_build,
     workspace,
 )
-from vmbuild.guest.session import send
 from vmbuild.model import BuildRequest
 
 FAILED_RUN = """#5 [build 2/2] RUN exit 3
@@ -90,7 +87,7 @@ def test_argv_has_every_option() -> None:
         build_args=("K=V",),
         labels=("l=1",),
         target="one",
-        platform="linux/arm64",
+        platforms=("linux/arm64", "linux/arm/v7"),
         no_cache=True,
         pull=True,
         progress="rawjson",
@@ -98,7 +95,7 @@ def test_argv_has_every_option() -> None:
     argv = build_argv(job, Workspace("/w"), "/w/context", "/w/context/Dockerfile")
     text = " ".join(argv)
     for part in (
-        "--platform linux/arm64",
+        "--platform linux/arm64,linux/arm/v7",
         "--progress rawjson",
         "--metadata-file /w/metadata.json",
         "--tag a:1 --tag b:2",
@@ -141,7 +138,8 @@ def test_each_option_is_words_of_its_own_before_the_context(job: BuildRequest, w
 
 
 @pytest.mark.parametrize(
-    ("flag", "job"), [("--platform", BuildRequest(".", platform="p")), ("--progress", BuildRequest(".", progress="p"))]
+    ("flag", "job"),
+    [("--platform", BuildRequest(".", platforms=("p",))), ("--progress", BuildRequest(".", progress="p"))],
 )
 def test_what_is_always_said_takes_its_value_from_the_job(flag: str, job: BuildRequest) -> None:
     argv = build_argv(job, WORK, "/c", "/f")
@@ -330,36 +328,6 @@ def test_a_workspace_that_cannot_be_made_is_an_error_of_the_guest() -> None:
         pytest.fail("there is no workspace")
     assert "Read-only" in caught.value.details
     assert session.ran("rm") == []
-
-
-@pytest.mark.parametrize(
-    ("reply", "found"),
-    [
-        (Reply(stdout=b"linux/arm64 sha256:abc\n"), "sha256:abc"),
-        (Reply(stdout=b"linux/arm64/v8 sha256:abc\n"), "sha256:abc"),
-        (Reply(stdout=b"linux/arm/v7 sha256:abc\n"), None),
-        (Reply(stdout=b"linux/amd64 sha256:abc\n"), None),
-        (Reply(1, stderr=b"No such image"), None),
-    ],
-)
-def test_a_container_image_counts_for_its_platform_only(reply: Reply, found: str | None) -> None:
-    assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm64") == found
-
-
-@pytest.mark.parametrize(("variant", "found"), [(b"/v7", "sha256:abc"), (b"/v6", None), (b"", None)])
-def test_a_container_image_of_32_bits_counts_for_its_variant_only(variant: bytes, found: str | None) -> None:
-    reply = Reply(stdout=b"linux/arm" + variant + b" sha256:abc\n")
-    assert image_for(FakeSession((("docker", "image", "inspect"), reply)), "debian:x", "linux/arm/v7") == found
-
-
-def test_an_import_goes_by_way_of_a_file() -> None:
-    session = FakeSession((("sh", "-c"), Reply()), (("docker", "import"), Reply(stdout=b"sha256:abc\n")))
-    assert import_image(session, WORK, send(b"layer"), "debian:x", "linux/arm64") == "sha256:abc"
-    written, imported = session.calls
-    assert (written.stdin, written.argv[-1]) == (b"layer", WORK.layer)
-    assert imported.argv[-2:] == (WORK.layer, "debian:x")
-    assert imported.argv[imported.argv.index("--platform") + 1] == "linux/arm64"
-    assert 'CMD ["bash"]' in imported.argv
 
 
 def test_configuring_counts_packages_and_shows_the_last_words_of_a_failure() -> None:

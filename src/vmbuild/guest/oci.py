@@ -1,0 +1,185 @@
+"""Container images as OCI specifies them: what names a blob, a manifest, an index, and an archive of them.
+
+Source: the OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+from vmbuild.errors import GuestError, HostError
+from vmbuild.guest.session import Session, Sink, capture
+
+BLOBS = "/var/lib/docker/containerd/daemon/io.containerd.content.v1.content/blobs/sha256"
+"""Where containerd in the guest keeps blobs, by digest. Source: containerd, docs/content-flow.md."""
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+LAYOUT = {"imageLayoutVersion": "1.0.0"}
+BLOCK = 512
+
+Descriptor = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A blob that a manifest names: the hexadecimal part of its SHA-256, its size in bytes, its media type."""
+
+    digest: str
+    size: int
+    media_type: str
+
+    @property
+    def is_compressed(self) -> bool:
+        """Tell whether its content is compressed already."""
+        return self.media_type.endswith(("gzip", "zstd"))
+
+    @classmethod
+    def from_descriptor(cls, descriptor: dict[str, object]) -> Blob:
+        """Return the blob that an OCI descriptor names. Raises GuestError for anything but SHA-256."""
+        algorithm, _, digest = str(descriptor["digest"]).partition(":")
+        if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise GuestError(f"the guest names a blob by {descriptor['digest']}, which is no SHA-256")
+        size = int(str(descriptor["size"]))
+        if size < 0:
+            raise GuestError(f"the guest gives the blob {digest} a size of {size} bytes")
+        return cls(digest, size, str(descriptor["mediaType"]))
+
+
+def full_reference(name: str) -> str:
+    """Return a container image's name with registry and tag, as Docker completes it."""
+    first, slash, rest = name.partition("/")
+    has_registry = slash and (set(".:") & set(first) or first == "localhost")
+    registry, path = (first, rest) if has_registry else ("docker.io", name)
+    registry = registry.removeprefix("index.") if registry == "index.docker.io" else registry
+    if registry == "docker.io" and "/" not in path:
+        path = f"library/{path}"
+    return f"{registry}/{path}" if ":" in path.rpartition("/")[2] else f"{registry}/{path}:latest"
+
+
+def blob_path(digest: str) -> str:
+    """Return where the guest has a blob, by the hexadecimal part of its digest."""
+    return f"{BLOBS}/{digest}"
+
+
+def describe(media_type: str, data: bytes) -> Descriptor:
+    """Return the descriptor of a blob."""
+    return {"mediaType": media_type, "digest": f"sha256:{hashlib.sha256(data).hexdigest()}", "size": len(data)}
+
+
+def layout_index(descriptor: Descriptor, names: Sequence[str]) -> dict[str, object]:
+    """Return the `index.json` of an archive that holds one container image under these names."""
+    full = [full_reference(name) for name in names]
+    entries = [
+        {**descriptor, "annotations": {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": tag}}
+        for name, tag in ((name, name.rpartition(":")[2]) for name in full)
+    ]
+    return {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries or [descriptor]}
+
+
+def read_checked(session: Session, digest: str) -> bytes:
+    """Return a small blob of the guest by the hexadecimal part of its digest. Raises GuestError."""
+    data = capture(session, ["cat", blob_path(digest)]).encode()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise GuestError(f"the blob {digest} came out of the guest with other content")
+    return data
+
+
+def parse_object(data: bytes) -> dict[str, object]:
+    """Return a manifest or an index. Raises GuestError for what is neither."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise _makes_no_sense(error) from error
+    if not isinstance(content, dict):
+        raise _makes_no_sense(TypeError(type(content).__name__))
+    return content
+
+
+def blobs_of(manifest: Mapping[str, object]) -> list[Blob]:
+    """Return the blobs that a manifest names, the config first. Raises GuestError."""
+    return _parse_blobs(lambda: [manifest["config"], *_as_list(manifest["layers"])])
+
+
+def manifests_of(index: Mapping[str, object]) -> list[Blob]:
+    """Return the manifests that an index names. Raises GuestError."""
+    return _parse_blobs(lambda: _as_list(index["manifests"]))
+
+
+def list_descriptors(index: Mapping[str, object]) -> list[Descriptor]:
+    """Return the descriptors that an index holds, which nobody has looked at yet."""
+    return [each for each in cast(list[object], index["manifests"]) if isinstance(each, dict)]
+
+
+def _parse_blobs(list_descriptors: Callable[[], list[object]]) -> list[Blob]:
+    try:
+        return [Blob.from_descriptor(cast(Descriptor, each)) for each in list_descriptors()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _makes_no_sense(error) from error
+
+
+def _as_list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(f"{type(value).__name__} where a list should be")
+    return value
+
+
+def _makes_no_sense(error: Exception) -> GuestError:
+    return GuestError("the guest's manifest of the container image makes no sense", details=repr(error))
+
+
+@contextmanager
+def blaming_reader() -> Iterator[None]:
+    """Say what standard output refuses: its reader has gone, or its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"cannot write the archive to standard output: {error.strerror or error}") from error
+
+
+class ArchiveWriter:
+    """A tar file whose members come in pieces."""
+
+    def __init__(self, out: Sink) -> None:
+        self._out = out
+        self._left = 0
+        self._total = 0
+
+    def begin(self, name: str, size: int) -> None:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        self._put(info.tobuf(tarfile.GNU_FORMAT))  # plain ustar ends at 8 GiB
+        self._left, self._size = size, size
+
+    def write(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise GuestError("a blob came out of the guest with more bytes than it should have")
+        self._put(data)
+
+    def end(self) -> None:
+        if self._left:
+            raise GuestError("a blob came out of the guest with fewer bytes than it should have")
+        self._put(b"\0" * (-self._size % BLOCK))
+
+    def add_data(self, name: str, data: bytes) -> None:
+        self.begin(name, len(data))
+        self.write(data)
+        self.end()
+
+    def close(self) -> int:
+        self._put(b"\0" * (2 * BLOCK))
+        return self._total
+
+    def _put(self, data: bytes) -> None:
+        with blaming_reader():
+            self._out.write(data)
+        self._total += len(data)
