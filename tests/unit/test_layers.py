@@ -168,8 +168,8 @@ ALLOWED: dict[str, set[str]] = {
     "build": GROUND
     | {"start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom")}
-    | {"guest.sync", "guest.transfer"},
+    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
+    | {"guest.transfer"},
     "operate": GROUND
     | {"start", "reach"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
