@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -43,15 +43,19 @@ class Blob:
         return self.media_type.endswith(("gzip", "zstd"))
 
     @classmethod
-    def from_descriptor(cls, descriptor: dict[str, object]) -> Blob:
+    def from_descriptor(cls, descriptor: object) -> Blob:
         """Return the blob that an OCI descriptor names. Raises GuestError for anything but SHA-256."""
-        algorithm, _, digest = str(descriptor["digest"]).partition(":")
+        try:
+            fields = cast(Descriptor, descriptor)
+            name, size, media_type = str(fields["digest"]), int(str(fields["size"])), str(fields["mediaType"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise _makes_no_sense(error) from error
+        algorithm, _, digest = name.partition(":")
         if algorithm != "sha256" or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise GuestError(f"the guest names a blob by {descriptor['digest']}, which is no SHA-256")
-        size = int(str(descriptor["size"]))
+            raise GuestError(f"the guest names a blob by {name}, which is no SHA-256")
         if size < 0:
             raise GuestError(f"the guest gives the blob {digest} a size of {size} bytes")
-        return cls(digest, size, str(descriptor["mediaType"]))
+        return cls(digest, size, media_type)
 
 
 def full_reference(name: str) -> str:
@@ -106,30 +110,26 @@ def parse_object(data: bytes) -> dict[str, object]:
 
 def blobs_of(manifest: Mapping[str, object]) -> list[Blob]:
     """Return the blobs that a manifest names, the config first. Raises GuestError."""
-    return _parse_blobs(lambda: [manifest["config"], *_as_list(manifest["layers"])])
+    if "config" not in manifest:
+        raise _makes_no_sense(KeyError("config"))
+    return [Blob.from_descriptor(each) for each in (manifest["config"], *_list_at("layers", manifest))]
 
 
 def manifests_of(index: Mapping[str, object]) -> list[Blob]:
     """Return the manifests that an index names. Raises GuestError."""
-    return _parse_blobs(lambda: _as_list(index["manifests"]))
+    return [Blob.from_descriptor(each) for each in _list_at("manifests", index)]
 
 
 def list_descriptors(index: Mapping[str, object]) -> list[Descriptor]:
-    """Return the descriptors that an index holds, which nobody has looked at yet."""
-    return [each for each in cast(list[object], index["manifests"]) if isinstance(each, dict)]
+    """Return the descriptors that an index holds, which nobody has looked at yet. Raises GuestError."""
+    return [each for each in _list_at("manifests", index) if isinstance(each, dict)]
 
 
-def _parse_blobs(list_descriptors: Callable[[], list[object]]) -> list[Blob]:
-    try:
-        return [Blob.from_descriptor(cast(Descriptor, each)) for each in list_descriptors()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _makes_no_sense(error) from error
-
-
-def _as_list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError(f"{type(value).__name__} where a list should be")
-    return value
+def _list_at(key: str, content: Mapping[str, object]) -> list[object]:
+    found = content.get(key)
+    if not isinstance(found, list):
+        raise _makes_no_sense(TypeError(f"no list of {key}"))
+    return found
 
 
 def _makes_no_sense(error: Exception) -> GuestError:

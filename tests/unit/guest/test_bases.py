@@ -148,6 +148,24 @@ def test_an_index_with_other_content_is_refused(tmp_path: Path) -> None:
         bases.find(guest.session(), NAME)
 
 
+def test_an_index_of_nonsense_has_no_platform(tmp_path: Path) -> None:
+    guest = Guest(write({"linux/arm64": make_layer(tmp_path, "linux/arm64")}, {}))
+    text = json.dumps({"manifests": [1, {}, {"digest": "sha256:x", "size": "many", "mediaType": "m"}]}).encode()
+    guest.tag = digest(text)
+    guest.blobs[guest.tag] = text
+    assert bases.find(guest.session(), NAME) == bases.Tagged(f"sha256:{guest.tag}", {})
+
+
+@pytest.mark.parametrize("manifests", [None, {}, "m"])
+def test_an_index_without_a_list_is_an_error_of_the_guest(tmp_path: Path, manifests: object) -> None:
+    guest = Guest(write({"linux/arm64": make_layer(tmp_path, "linux/arm64")}, {}))
+    text = json.dumps({"manifests": manifests}).encode()
+    guest.tag = digest(text)
+    guest.blobs[guest.tag] = text
+    with pytest.raises(GuestError, match="makes no sense"):
+        bases.find(guest.session(), NAME)
+
+
 @needs_skopeo
 def test_skopeo_reads_the_archive(tmp_path: Path) -> None:
     path = tmp_path / "base.tar"
