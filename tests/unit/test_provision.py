@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -281,3 +282,11 @@ def test_a_disk_is_provisioned_anew_only_when_another_is_published(
     newer = refresh()
     assert newer.digest != image.digest, "a failure is not forgotten: the newer disk is still to be provisioned"
     assert start.fetch_image(REQUEST, world.home, world.steps) == newer
+
+
+def test_a_disk_gets_every_program_that_is_run_in_a_guest(world: World) -> None:
+    source = Path(provision.__file__).parent
+    texts = [path.read_text() for path in source.rglob("*.py")]
+    run = {name for text in texts for name in re.findall(r'"/(usr/lib/vmbuild/[a-z-]+)"', text)}
+    assert {"usr/lib/vmbuild/context", "usr/lib/vmbuild/job"} <= run
+    assert run <= {file.path for file in provision._kit(world.spec)}
