@@ -31,7 +31,6 @@ from vmbuild.reach import channel_of
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
-from vmbuild.whole import hash_file
 
 
 def build(
@@ -252,4 +251,4 @@ def _make_layer(plan: BasePlan, session: Session, channel: Channel, report: Repo
             report.step("Bringing the base image back, for the next machine")
             with base_image.layer_writer(plan) as write:
                 docker.pack_tree(session, work, write)
-    return bases.Layer(plan.layer, hash_file(plan.layer), base_image.hash_plain(plan.layer))
+    return bases.Layer(plan.layer, base_image.digest_file(plan.layer).read_text(), base_image.hash_plain(plan.layer))

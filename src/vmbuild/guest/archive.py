@@ -26,7 +26,6 @@ from vmbuild.guest.oci import (
     MANIFEST,
     ArchiveWriter,
     Blob,
-    blaming_reader,
     blob_path,
     blobs_of,
     describe,
@@ -36,7 +35,7 @@ from vmbuild.guest.oci import (
     parse_object,
     read_checked,
 )
-from vmbuild.guest.session import Output, Session
+from vmbuild.guest.session import Output, Session, Sink
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import open_whole
 
@@ -60,24 +59,44 @@ def check_output(output: str | None) -> None:
 
 
 @contextmanager
-def open_output(output: str | None, stdout: IO[bytes]) -> Iterator[IO[bytes]]:
+def open_output(output: str | None, stdout: IO[bytes]) -> Iterator[Sink]:
     """Yield where an archive goes: a file that appears whole, or standard output for `-`. Raises HostError."""
     if output is None:
         yield io.BytesIO()
     elif output == "-":
-        yield stdout
-        with blaming_reader():
+        yield _StandardOutput(stdout)
+        with _blaming_reader():
             stdout.flush()
     else:
         with open_whole(Path(output)) as file:
             yield file
 
 
+class _StandardOutput:
+    """Standard output, which says itself what it refuses."""
+
+    def __init__(self, stdout: IO[bytes]) -> None:
+        self._stdout = stdout
+
+    def write(self, data: bytes, /) -> None:
+        with _blaming_reader():
+            self._stdout.write(data)
+
+
+@contextmanager
+def _blaming_reader() -> Iterator[None]:
+    """Say what standard output refuses: its reader has gone, or its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"cannot write the archive to standard output: {error.strerror or error}") from error
+
+
 def write_archive(
     session: Session,
     digest: str,
     tags: Sequence[str],
-    out: IO[bytes],
+    out: Sink,
     known: Known,
     report: Reporter,
     channel: Channel | None = None,

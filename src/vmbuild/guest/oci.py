@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from vmbuild.errors import GuestError, HostError
+from vmbuild.errors import GuestError
 from vmbuild.guest.session import Session, Sink, capture
 
 BLOBS = "/var/lib/docker/containerd/daemon/io.containerd.content.v1.content/blobs/sha256"
@@ -136,15 +135,6 @@ def _makes_no_sense(error: Exception) -> GuestError:
     return GuestError("the guest's manifest of the container image makes no sense", details=repr(error))
 
 
-@contextmanager
-def blaming_reader() -> Iterator[None]:
-    """Say what standard output refuses: its reader has gone, or its disk is full."""
-    try:
-        yield
-    except OSError as error:
-        raise HostError(f"cannot write the archive to standard output: {error.strerror or error}") from error
-
-
 class ArchiveWriter:
     """A tar file whose members come in pieces."""
 
@@ -180,6 +170,5 @@ class ArchiveWriter:
         return self._total
 
     def _put(self, data: bytes) -> None:
-        with blaming_reader():
-            self._out.write(data)
+        self._out.write(data)
         self._total += len(data)

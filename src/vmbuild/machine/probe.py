@@ -83,7 +83,6 @@ def probe(arch: Arch, cache: Path) -> Qemu:
         kept: dict[str, Any] = json.loads(note.read_text())
         if kept["binary"] == str(binary):
             kept.update({name: tuple(kept[name]) for name in ("machine_types", "cpu_models")})
-            kept.update(firmware=None)
             return Qemu(**kept)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # never asked, or asked by another vmbuild: ask
