@@ -142,7 +142,7 @@ def large_program() -> str:
     return f"#include <stdio.h>\n{''.join(functions)}{main}"
 
 
-FUNCTIONS = 150
+FUNCTIONS = 220
 
 
 def test_up_goes_on_with_the_build_and_the_clock_is_right(awake: Cli, tmp_path: Path) -> None:
