@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 from vmbuild import follow, operate, record
 from vmbuild.errors import HostError, MachineError, SuspendedError, TimeIsUp, UsageError
 from vmbuild.guard import Guard, Limits
+from vmbuild.guest import keys
 from vmbuild.machine import bundle, facts, lifetime, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.suspension import Suspension
@@ -83,12 +84,13 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
             if suspension.find(files) != saved:  # the lock was free for a moment
                 raise MachineError(f"the machine {name} went on before it was packed")
             report.step(f"Packing the machine {name}")
+            keys.forget_key(files.host_key)  # the guest has it in its memory: from here on it is nobody's
             _pack(files, saved, target, report)
     return saved
 
 
 def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
-    """Pack a suspended machine. Its keys stay at home, and so does where its builds were asked for."""
+    """Pack a suspended machine. Its log-in key stays at home, and so does where its builds were asked for."""
     builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
     parts = dict(zip(PARTS, (files.memory, files.disk), strict=True))
     about = {"name": files.name, "suspension": asdict(saved), "builds": builds}

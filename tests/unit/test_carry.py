@@ -140,21 +140,32 @@ def test_where_it_came_from_it_stays_suspended(world: World, packed: Suspension)
 
 
 def test_no_key_travels_and_no_path(world: World, packed: Suspension) -> None:
-    keys = [world.files.client_key, world.files.host_key]
+    key = world.files.client_key
     plain = unpacked(world.bundle)
     assert b"the state" in plain
-    for key in keys:
-        assert key.name.encode() not in plain
-        assert all(line not in plain for line in key.read_bytes().splitlines() if line)
-        assert key.with_name(key.name + ".pub").read_bytes().split()[1] not in plain
+    assert key.name.encode() not in plain
+    assert all(line not in plain for line in key.read_bytes().splitlines() if line)
+    assert key.with_name(key.name + ".pub").read_bytes().split()[1] not in plain
     for text in (BUILD.cwd, str(world.here.state), str(world.cwd)):
         assert text.encode() not in plain
     world.resume()
     other = MachineFiles.at(world.there.state, "box")
-    for key in keys:
-        made = other.folder / key.name
-        assert made.read_bytes() != key.read_bytes()
+    assert other.client_key.read_bytes() != key.read_bytes()
     assert other.client_key.with_name(other.client_key.name + ".pub").read_bytes() in other.seed.read_bytes()
+
+
+def test_the_host_key_in_the_memory_of_a_bundle_is_nobodys(world: World) -> None:
+    key = world.files.host_key
+    before = key.read_bytes()
+    operate.suspend("box", world.here, SilentReporter())
+    assert key.read_bytes() == before
+    carry.suspend("box", world.bundle, world.here, SilentReporter())
+    assert not key.exists()
+    with start.open_session(replace(REQUEST, name="box"), world.here, SilentReporter()):
+        pass
+    assert key.read_bytes() not in (before, b"")
+    assert key.read_bytes() in world.files.seed.read_bytes()
+    assert world.files.host_public_key.exists()
 
 
 def unpacked(path: Path) -> bytes:

@@ -176,7 +176,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "reach", "operate", "follow", "guard"}
+    | {"start", "reach", "operate", "follow", "guard", "guest.keys"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
     | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},

@@ -26,6 +26,12 @@ def ensure_key(path: Path, comment: str) -> None:
     write_whole(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), mode=0o600)
 
 
+def forget_key(path: Path) -> None:
+    """Delete a key pair, if it is there: who needs one makes another."""
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".pub").unlink(missing_ok=True)
+
+
 def dropbear_key(path: Path) -> bytes:
     """Return a private key in the format that dropbear keeps host keys in.
 
