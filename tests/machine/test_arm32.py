@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.conftest import Cli
+from tests.machine.conftest import BASE, EXAMPLES, Cli, name_suites_by_alias
 from tests.machine.readdir32 import LIST_FRESH_FOLDER, compile_readdir32, fill_folder
 
 pytestmark = [
@@ -74,6 +74,14 @@ def test_what_it_builds_is_for_32_bits(arm: Cli, readdir32: Path, tmp_path: Path
     arm.guest(f"mkdir -p {folder} && touch {folder}/1 {folder}/2")
     said = arm.guest(f"docker run --rm -v {folder}:/many readdir32:1 /readdir32 /many")
     assert said == "/many: 4 entries, errno 0 (no error)\n"
+
+
+@pytest.mark.slow
+def test_the_example_is_compiled_in_it(arm: Cli, tmp_path: Path) -> None:
+    arm.ok("base", BASE)
+    name_suites_by_alias(arm, tmp_path, ("linux/arm/v7",))
+    arm.ok("build", str(EXAMPLES / "hello"), "-t", "hello:1", timeout_s=1500)
+    assert arm.guest("docker run --rm hello:1") == "Hello from armv7l, a program of 32 bits\n"
 
 
 def test_a_platform_that_it_cannot_run_is_refused_before_anything_is_sent(

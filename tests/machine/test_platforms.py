@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.machine.conftest import BASE, Cli
+from tests.machine.conftest import BASE, EXAMPLES, Cli, name_suites_by_alias
 
 pytestmark = pytest.mark.machine
 
@@ -86,6 +87,31 @@ def test_a_step_of_each_platform_knew_its_machine_and_its_programs_run_elsewhere
         pytest.skip(f"{emulator} is not installed")
     said = subprocess.check_output([emulator, "-L", str(root), str(root / "bin/sh"), "-c", "echo $((6 * 7))"])
     assert said == b"42\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_example_is_compiled_for_each_platform(hello: Path, tmp_path: Path, platform: str) -> None:
+    machine, _, emulator = PLATFORMS[platform]
+    program = unpack(hello, tmp_path, platform) / "usr/local/bin/hello"
+    said = subprocess.check_output(["readelf", "-h", "-A", str(program)], text=True)
+    assert re.search(rf"(Machine: +|Tag_CPU_arch: ){CPU_ARCH[machine]}$", said, re.MULTILINE), said
+    assert "Hello from " in subprocess.check_output([emulator, str(program)], text=True)
+    assert machine in subprocess.check_output(["cat", str(hello.with_name("log"))], text=True)
+
+
+CPU_ARCH = {"aarch64": "AArch64", "armv7l": "v7", "armv6l": "v6"}
+"""What readelf calls the CPUs that a program is for."""
+
+
+@pytest.fixture(scope="module")
+def hello(bases: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of examples/hello for all platforms, beside the log of its build."""
+    folder = tmp_path_factory.mktemp("hello")
+    name_suites_by_alias(bases, folder, tuple(PLATFORMS))
+    options = ("--platform", ",".join(PLATFORMS), "--progress", "plain", "-o", str(folder / "hello.tar"))
+    (folder / "log").write_text(bases.ok("build", str(EXAMPLES / "hello"), *options, timeout_s=1500).err)
+    return folder / "hello.tar"
 
 
 def platform_of(descriptor: dict[str, Any]) -> list[str]:
