@@ -10,6 +10,7 @@ from pathlib import Path
 from vmbuild import process
 from vmbuild.errors import VmbuildError
 from vmbuild.image.debian import host_mirrors
+from vmbuild.machine.firmware import find_firmware
 from vmbuild.machine.probe import BINARIES, probe
 from vmbuild.model import GIB, Arch, Home, format_size
 
@@ -31,7 +32,8 @@ def check_host(home: Home) -> list[HostCheck]:
     """Return every check of this host, in the order in which a build needs them."""
     return [
         *(_check_program(name) for name in ("gpgv", "sqfstar", "qemu-img", BINARIES[Arch.ARM64])),
-        _check_other_qemu(),
+        _optional(_check_program(BINARIES[Arch.ARMHF]), "--arch arm alone"),
+        _optional(_check_firmware(Arch.ARM64), "guest images that are disks from elsewhere"),
         _check_qemu(home),
         _check_space("cache", home.cache),
         _check_space("state", home.state),
@@ -43,10 +45,16 @@ def _check_program(name: str) -> HostCheck:
     return _guard(name, lambda: process.find_program(name))
 
 
-def _check_other_qemu() -> HostCheck:
-    """See whether there is a QEMU for 32-bit machines: who wants none needs none."""
-    found = _check_program(BINARIES[Arch.ARMHF])
-    return found if found.ok else replace(found, ok=True, found="not installed: needed for --arch arm alone")
+def _check_firmware(arch: Arch) -> HostCheck:
+    def find() -> str:
+        return str(find_firmware(arch, Path(process.find_program(BINARIES[arch]))).code)
+
+    return _guard(f"UEFI firmware for {arch}", find)
+
+
+def _optional(check: HostCheck, wanted_for: str) -> HostCheck:
+    """Return a check that fails nobody: who does not want what it is for needs nothing."""
+    return check if check.ok else replace(check, ok=True, found=f"not installed: needed for {wanted_for}")
 
 
 def _check_qemu(home: Home) -> HostCheck:

@@ -77,6 +77,7 @@ def test_what_it_builds_is_for_32_bits(arm: Cli, readdir32: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_example_is_compiled_in_it(arm: Cli, tmp_path: Path) -> None:
     arm.ok("base", BASE)
     name_suites_by_alias(arm, tmp_path, ("linux/arm/v7",))

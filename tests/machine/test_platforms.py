@@ -90,6 +90,7 @@ def test_a_step_of_each_platform_knew_its_machine_and_its_programs_run_elsewhere
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_example_is_compiled_for_each_platform(hello: Path, tmp_path: Path, platform: str) -> None:
     machine, _, emulator = PLATFORMS[platform]

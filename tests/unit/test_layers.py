@@ -184,7 +184,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "reach", "process", "settle"}
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
-    "doctor": GROUND | {"process", "image.debian", "machine.probe"},
+    "doctor": GROUND | {"process", "image.debian", "machine.firmware", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
     "cli.options": {"errors", "settings"},

@@ -1,0 +1,5 @@
+#include <stdio.h>
+
+#include "answer.h"
+
+int main(void) { return printf("%d\n", answer()) < 0; }

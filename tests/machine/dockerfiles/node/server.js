@@ -1,0 +1,3 @@
+require("http")
+  .createServer((_, answer) => answer.end("42\n"))
+  .listen(3000);
