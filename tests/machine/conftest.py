@@ -121,13 +121,12 @@ def based(machine: Cli) -> Cli:
     return machine
 
 
-def name_suites_by_alias(program: Cli, folder: Path, platforms: tuple[str, ...]) -> None:
-    """Have apt in the base image use a suite's other name, where a mirror has it out of step (docs/design.md)."""
+def name_suite_by_alias(program: Cli, folder: Path, platforms: tuple[str, ...]) -> None:
+    """Have apt in the base image use its suite by the other name, where a mirror has it out of step."""
     context = folder / "alias"
     context.mkdir()
-    sources = "/etc/apt/sources.list.d/debian.sources"
-    names = r"s/^Suites: trixie\(-updates\)\?$/Suites: stable\1/"
-    (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN sed -i '{names}' {sources}\n")
+    names = "/^$/,$d; s/^Suites: trixie$/Suites: stable/"  # what comes behind the first source are updates
+    (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN sed -i '{names}' /etc/apt/sources.list.d/debian.sources\n")
     program.ok("build", str(context), "-t", BASE, "--platform", ",".join(platforms))
 
 
