@@ -249,6 +249,22 @@ class Home:
 
 
 @dataclass(frozen=True)
+class PassOn:
+    """What of this host's ways into the network a guest gets.
+
+    `authorities` are `auto`, `off` or files of certificates; `host_ports` are ports of the guest's localhost that are
+    the host's. `logins` are given to builds alone.
+    """
+
+    proxy: bool = False
+    authorities: tuple[str, ...] = ()
+    registry_mirrors: tuple[str, ...] = ()
+    insecure_registries: tuple[str, ...] = ()
+    host_ports: tuple[int, ...] = ()
+    logins: bool = False
+
+
+@dataclass(frozen=True)
 class MachineRequest:
     """The machine that the user's settings ask for, before its guest image is at hand.
 
@@ -269,6 +285,7 @@ class MachineRequest:
     arch: Arch | None = None
     timeout_s: float = 300.0
     snapshots: bool = True
+    pass_on: PassOn = PassOn()
     given: frozenset[str] = frozenset()
     demanded: frozenset[str] = frozenset()
 
