@@ -1,4 +1,4 @@
-"""A real forward proxy on the host's loopback, which asks for a password, and knows host names that nobody else knows."""
+"""A real forward proxy on the host's loopback: it asks for a password, and knows hosts that nobody else knows."""
 
 from __future__ import annotations
 
@@ -76,12 +76,14 @@ def _read_head(client: socket.socket) -> bytes:
 
 
 def _relay(client: socket.socket, server: socket.socket) -> None:
-    while True:
-        for source in select.select([client, server], [], [], 60)[0] or [None]:
-            data = source.recv(65536) if source else b""
+    """Pass on what both say until one of them ends, or nobody says anything for a minute."""
+    other = {client: server, server: client}
+    while ready := select.select([client, server], [], [], 60)[0]:
+        for source in ready:
+            data = source.recv(65536)
             if not data:
                 return
-            (server if source is client else client).sendall(data)
+            other[source].sendall(data)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import requests
 import urllib3
-from requests import certs
 from requests import exceptions as failures
 
 from vmbuild.address import is_protected
@@ -64,7 +63,7 @@ def trust_also(pem: str) -> None:
 
 def public_bundle() -> Path:
     """Return the file of the public authorities that a session trusts when the environment names none."""
-    return Path(certs.where())
+    return Path(requests.utils.DEFAULT_CA_BUNDLE_PATH)
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
