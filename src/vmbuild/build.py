@@ -113,7 +113,7 @@ def _removed_on_failure(session: Session, work: docker.Workspace) -> Iterator[No
 def _start(
     asked: BuildRequest,
     placed: Placed,
-    client: str | None,
+    client: passing.ClientConfig | None,
     session: Session,
     work: docker.Workspace,
     files: MachineFiles,
@@ -131,9 +131,10 @@ def _start(
         context_bytes=placed.sent_bytes,
         boot_s=oom.read_clock(session),
         started_at=begun,
+        has_secrets=client is not None and client.has_logins,
     )
     argv = docker.build_argv(asked, work, placed.where, placed.dockerfile)
-    config = docker.write_client_config(session, work, client) if client is not None else None
+    config = docker.write_client_config(session, work, client.content) if client is not None else None
     docker.start_build(session, work, argv, stdin=placed.stdin, terminal=asked.terminal, client=config)
     record.save(files.builds, started)
     return started

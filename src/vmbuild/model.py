@@ -253,7 +253,7 @@ class PassOn:
     """What of this host's ways into the network a guest gets.
 
     `authorities` are `auto`, `off` or files of certificates; `host_ports` are ports of the guest's localhost that are
-    the host's. `logins` are given to builds alone.
+    the host's. `logins` are given to builds alone, and to none that is `carried` to another host with its memory.
     """
 
     proxy: bool = False
@@ -262,6 +262,7 @@ class PassOn:
     insecure_registries: tuple[str, ...] = ()
     host_ports: tuple[int, ...] = ()
     logins: bool = False
+    carried: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -96,20 +96,39 @@ def _describe(wanted: passed.Passed, found: list[authorities.Authority]) -> Iter
         yield f"the host's localhost:{', '.join(map(str, sorted(wanted.ports)))}"
 
 
-def client_config(request: MachineRequest, asked: BuildRequest, source: Context | None, report: Reporter) -> str | None:
-    """Return the `config.json` that a build's client gets: logins, and the proxies of its steps; None for none.
+@dataclass(frozen=True)
+class ClientConfig:
+    """A `config.json` for a build's client. It belongs in the guest's memory, and there no longer than the build."""
 
-    It holds secrets: it belongs in the guest's memory, and there no longer than the build.
-    """
+    content: str
+    has_logins: bool
+
+
+def client_config(
+    request: MachineRequest, asked: BuildRequest, source: Context | None, report: Reporter
+) -> ClientConfig | None:
+    """Return what a build's client is told: logins, and the proxies of its steps; None when there is nothing."""
     docker = logins.read_config(logins.config_folder(os.environ), report)
-    made: dict[str, Any] = {}
-    if step_proxies := _step_proxies(request, docker):
-        made["proxies"] = {"default": step_proxies}
-    found = logins.find(docker, _naming_text(asked, source), report) if request.pass_on.logins else {}
+    steps, found = _step_proxies(request, docker), _find_logins(request, docker, _naming_text(asked, source), report)
+    if request.pass_on.carried and any(without_credentials(url) != url for url in steps.values()):
+        report.warn("a bundle of this machine would hold its memory, and the proxy's password is there")
+    made = {"proxies": {"default": steps} if steps else {}, "auths": found}
+    return ClientConfig(json.dumps(made), bool(found)) if steps or found else None
+
+
+def _find_logins(
+    request: MachineRequest, docker: dict[str, Any], text: str | None, report: Reporter
+) -> dict[str, logins.Login]:
+    if not request.pass_on.logins:
+        return {}
+    found = logins.find(docker, text, report)
+    names = ", ".join(sorted({logins.host_of(key) for key in found}))
+    if found and request.pass_on.carried:
+        report.warn(f"this build does without your login to {names}: a bundle would hold the memory that has it")
+        return {}
     if found:
-        made["auths"] = found
-        report.step(f"Logged in for this build: {', '.join(sorted({logins.host_of(key) for key in found}))}")
-    return json.dumps(made) if made else None
+        report.step(f"Logged in for this build: {names}")
+    return found
 
 
 def _step_proxies(request: MachineRequest, docker: dict[str, Any]) -> dict[str, str]:
