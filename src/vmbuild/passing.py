@@ -51,7 +51,7 @@ def _authorities(request: MachineRequest) -> list[authorities.Authority]:
 
 def for_build(request: MachineRequest, asked: BuildRequest, source: Context | None) -> MachineRequest:
     """Return the machine as a build needs it: registries that it names on localhost are the host's."""
-    ports = _ports(_naming_text(asked, source) or "")
+    ports = _ports("\n".join([_naming_lines(source) or "", *_words(asked)]))
     choice = request.pass_on
     return replace(request, pass_on=replace(choice, host_ports=(*choice.host_ports, *ports)))
 
@@ -109,7 +109,9 @@ def client_config(
 ) -> ClientConfig | None:
     """Return what a build's client is told: logins, and the proxies of its steps; None when there is nothing."""
     docker = logins.read_config(logins.config_folder(os.environ), report)
-    steps, found = _step_proxies(request, docker), _find_logins(request, docker, _naming_text(asked, source), report)
+    lines = _naming_lines(source)
+    text = None if lines is None else "\n".join([lines, *_words(asked)])
+    steps, found = _step_proxies(request, docker), _find_logins(request, docker, text, report)
     if request.pass_on.carried and any(without_credentials(url) != url for url in steps.values()):
         report.warn("a bundle of this machine would hold its memory, and the proxy's password is there")
     made = {"proxies": {"default": steps} if steps else {}, "auths": found}
@@ -143,15 +145,14 @@ def _step_proxies(request: MachineRequest, docker: dict[str, Any]) -> dict[str, 
     return found
 
 
-def _naming_text(asked: BuildRequest, source: Context | None) -> str | None:
-    """Return all text that names container images in a build, None when its Dockerfile cannot be known."""
+def _naming_lines(source: Context | None) -> str | None:
+    """Return the lines of a Dockerfile that can name container images, None when it cannot be known."""
     if source is None:
         return None
     content = source.dockerfile_content
     if source.dockerfile_inside is not None:
         content = (source.folder / source.dockerfile_inside).read_bytes()
-    lines = (match[0] for match in _NAMING.finditer(content.decode(errors="replace")))
-    return "\n".join([*lines, *_words(asked)])
+    return "\n".join(match[0] for match in _NAMING.finditer(content.decode(errors="replace")))
 
 
 def _words(value: object) -> Iterator[str]:
