@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -151,7 +152,8 @@ def _naming_lines(source: Context | None) -> str | None:
         return None
     content = source.dockerfile_content
     if source.dockerfile_inside is not None:
-        content = (source.folder / source.dockerfile_inside).read_bytes()
+        with suppress(OSError):  # who sends it will say so
+            content = (source.folder / source.dockerfile_inside).read_bytes()
     return "\n".join(match[0] for match in _NAMING.finditer(content.decode(errors="replace")))
 
 

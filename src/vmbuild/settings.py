@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import click
 import platformdirs
@@ -31,6 +28,7 @@ from vmbuild.model import (
     format_size,
     parse_size,
 )
+from vmbuild.networks import parse_authorities, parse_mirrors, parse_ports, parse_registries
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROJECT_FILE = "vmbuild.toml"
@@ -142,44 +140,6 @@ def _parse_image(text: str) -> str:
     return str(_parse_folder(text)) if is_place(text) and "://" not in text else text
 
 
-def _parse_words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word for word in re.split(r"[,\s]+", text) if word and word != "off"))
-
-
-def _parse_authorities(text: str) -> tuple[str, ...]:
-    return tuple(word if word == "auto" else str(_parse_folder(word)) for word in _parse_words(text))
-
-
-def _parse_mirrors(text: str) -> tuple[str, ...]:
-    for url in (found := _parse_words(text)):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
-            raise UsageError(
-                f"{url!r} is no registry mirror", resolution="Give http://HOST[:PORT] or https://HOST[:PORT], no path."
-            )
-    return tuple(url.rstrip("/") for url in found)
-
-
-def _parse_registries(text: str) -> tuple[str, ...]:
-    return tuple(map(_parse_registry, _parse_words(text)))
-
-
-def _parse_registry(text: str) -> str:
-    if re.fullmatch(r"[\w.-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?", text):
-        return text.lower()
-    try:
-        return str(ipaddress.ip_network(text, strict=False))
-    except ValueError as error:
-        raise UsageError(f"{text!r} is no registry", resolution="Give HOST, HOST:PORT, or a range (CIDR).") from error
-
-
-def _parse_ports(text: str) -> tuple[int, ...]:
-    ports = tuple(int(word) for word in _parse_words(text))
-    if not all(0 < port < 65536 for port in ports):
-        raise ValueError
-    return ports
-
-
 def _turns_on(text: str) -> bool:
     return text.lower() not in ("off", "no", "false", "0")
 
@@ -245,19 +205,19 @@ SETTINGS = (
     ),
     Setting(
         *("ca", "FILES", "CA certificates to trust, in the guest and for downloads.", lambda: "auto"),
-        *("auto: those that this host's administrator added", _parse_authorities, _turns_on),
+        *("auto: those that this host's administrator added", parse_authorities, _turns_on),
     ),
     Setting(
         *("registry_mirrors", "URLS", "Mirrors of Docker Hub, asked before it.", _off, "none"),
-        *(_parse_mirrors, _turns_on),
+        *(parse_mirrors, _turns_on),
     ),
     Setting(
         *("insecure_registries", "HOSTS", "Registries without TLS, or without a valid certificate.", _off, "none"),
-        *(_parse_registries, _turns_on),
+        *(parse_registries, _turns_on),
     ),
     Setting(
         *("host_ports", "PORTS", "Ports of the guest's localhost that are this host's.", _off),
-        *("those of registries that a build names", _parse_ports, _turns_on),
+        *("those of registries that a build names", parse_ports, _turns_on),
     ),
     Setting(
         *("logins", "on/off", "Give builds the logins of docker's config.json that they can use.", _on, "on"),

@@ -192,7 +192,8 @@ ALLOWED: dict[str, set[str]] = {
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
-    "settings": GROUND,
+    "networks": GROUND,
+    "settings": GROUND | {"networks"},
     "ui": GROUND,
     "cli.options": {"errors", "settings"},
     "cli.build": {"errors", "model", "settings", "ui", "cli.options", "build", "follow", "guard", "carry"},
