@@ -55,10 +55,11 @@ class World:
         return place
 
     def env(self) -> dict[str, str]:
-        """Return the environment of a host behind the proxy."""
+        """Return the environment of a host behind the proxy, which trusts the private registry's authority."""
         names = ("http_proxy", "https_proxy")
         empty = {name: "" for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "no_proxy")}
-        return {**empty, **dict.fromkeys(names, self.proxy.url), "DOCKER_CONFIG": str(self.folder / "docker")}
+        own = {"DOCKER_CONFIG": str(self.folder / "docker"), "VMBUILD_CA": str(self.private.authority)}
+        return {**empty, **dict.fromkeys(names, self.proxy.url), **own}
 
     def configure(self, config: object) -> None:
         """Write docker's configuration of the host."""
@@ -77,9 +78,8 @@ def world(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]
         proxies.running(PROXY_LOGIN, {"private.test": private.port, "plain.test": plain.port}) as proxy,
     ):
         made = World(named, proxy, plain, private, folder)
-        assert private.authority is not None
         made.configure({})
-        done = made.run("up", VMBUILD_CA=str(private.authority))
+        done = made.run("up")
         assert done.code == 0, done.err
         assert f"proxy http://127.0.0.1:{proxy.port}" in done.err.replace("10.0.2.2", "127.0.0.1")
         assert "1 CA certificate (Test CA private)" in done.err
@@ -102,7 +102,7 @@ def test_a_registry_on_localhost_is_the_hosts(world: World) -> None:
 
 
 def test_what_the_guest_listens_on_stays_its_own(world: World) -> None:
-    done = world.cli.ok("up", VMBUILD_HOST_PORTS="22")
+    done = world.run("up", VMBUILD_HOST_PORTS="22")
     assert "localhost:22 is the guest's own" in done.err
 
 
@@ -112,7 +112,7 @@ def test_a_mirror_serves_docker_hub_on_a_machine_that_runs(world: World) -> None
     said = world.build(dockerfile, VMBUILD_REGISTRY_MIRRORS=f"http://localhost:{world.plain.port}")
     assert f"registry mirror http://localhost:{world.plain.port}" in said
     assert world.plain.log().count("/v2/library/tiny/manifests/") > before
-    world.cli.ok("up")  # without the setting it goes
+    assert world.run("up").code == 0  # without the setting it goes
     assert "localhost" not in world.cli.guest("cat /etc/docker/daemon.json")
 
 
@@ -127,11 +127,10 @@ def test_tls_of_a_private_authority_and_a_login(world: World) -> None:
     dockerfile = "FROM private.test/team/tiny:1\nLABEL x=4\n"
     auth = b64encode(":".join(LOGIN).encode()).decode()
     world.configure({"auths": {"private.test": {"auth": auth}, "other.test": {"auth": auth}}})
-    authority = str(world.private.authority)
-    refused = world.run("build", str(world.context(dockerfile)), VMBUILD_CA=authority, VMBUILD_LOGINS="off")
+    refused = world.run("build", str(world.context(dockerfile)), VMBUILD_LOGINS="off")
     assert refused.code == 7
     assert "401" in refused.err or "authoriz" in refused.err or "no basic auth" in refused.err
-    said = world.build(dockerfile, VMBUILD_CA=authority)
+    said = world.build(dockerfile)
     assert "Logged in for this build: private.test\n" in said
     assert "private.test" in world.proxy.seen
     assert LOGIN[1] not in said
@@ -144,7 +143,7 @@ def test_a_credential_helper_is_asked(world: World, tmp_path: Path) -> None:
     shutil.copy(PROGRAMS / "docker-credential-fake", tmp_path)
     (tmp_path / "logins.json").write_text(json.dumps({host: LOGIN, "other.test": ["a", "b"]}))
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    said = world.build(f"FROM {host}/team/tiny:1\nLABEL x=5\n", PATH=path, VMBUILD_CA=str(world.private.authority))
+    said = world.build(f"FROM {host}/team/tiny:1\nLABEL x=5\n", PATH=path)
     assert f"Logged in for this build: {host}\n" in said
     assert (tmp_path / "asked").read_text().split("\n") == ["list ", f"get {host}", ""]
     assert world.cli.guest("ls /run/vmbuild/secrets").strip() == ""
