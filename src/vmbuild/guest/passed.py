@@ -51,7 +51,8 @@ fi
 cat >daemon.json
 kill -HUP "$(cat /run/docker.pid)"
 """
-_INFO = "printf 'GET /info HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock"
+# Docker answers `null` to a client that has closed its side, as socat does at the end of its input.
+_INFO = "printf 'GET /info HTTP/1.0\\r\\n\\r\\n' | socat -T 20 -,ignoreeof UNIX-CONNECT:/run/docker.sock"
 
 # A packet to the guest's own loopback goes to the host's, from this guest's address: which only its own programs can
 # send, and only over the one interface that leads there.
@@ -173,7 +174,7 @@ def _goes_by(answer: str, mirrors: list[str], insecure: list[str]) -> bool:
     """Tell from Docker's answer to GET /info whether it has these mirrors and insecure registries, and no others."""
     try:
         config = json.loads(answer.partition("\r\n\r\n")[2])["RegistryConfig"]
-    except (ValueError, KeyError):  # it does not answer just now
+    except (ValueError, KeyError, TypeError):  # it does not answer just now
         return False
     named = {name for name, index in (config["IndexConfigs"] or {}).items() if not index["Secure"]}
     ranges = {str(each) for each in config["InsecureRegistryCIDRs"] or []} - _ALWAYS_INSECURE

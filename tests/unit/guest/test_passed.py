@@ -105,7 +105,7 @@ def test_a_docker_that_does_not_obey_is_told(monkeypatch: pytest.MonkeyPatch) ->
         apply(Guest(obeys=False), MIRRORED)
 
 
-@pytest.mark.parametrize("answer", ["", "HTTP/1.0 500 No\r\n\r\n", "x\r\n\r\n{}"])
+@pytest.mark.parametrize("answer", ["", "HTTP/1.0 500 No\r\n\r\n", "x\r\n\r\n{}", "x\r\n\r\nnull\n"])
 def test_a_docker_that_does_not_answer_does_not_obey_yet(answer: str) -> None:
     assert not passed._goes_by(answer, [], [])
 
