@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, operate, process, record, settle
+from vmbuild import follow, operate, passing, process, record, settle
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
 from vmbuild.guest import archive, bases, context, docker, oom, sync, transfer
@@ -86,6 +86,8 @@ def _build_once(
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
+    request = passing.for_build(request, asked, source)
+    client = passing.client_config(request, asked, source, report)
     with open_session(request, home, report) as session:
         work = docker.make_workspace(session)
         with _removed_on_failure(session, work), ExitStack() as until_begun:
@@ -94,7 +96,7 @@ def _build_once(
                 if source
                 else _leave_context(asked, stdin, session, work)
             )
-            started = _start(asked, placed, session, work, files, begun)
+            started = _start(asked, placed, client, session, work, files, begun)
         return follow.to_the_end(follow.Running(started, files, session), home, report, stdout=stdout, watch=watch)
 
 
@@ -111,6 +113,7 @@ def _removed_on_failure(session: Session, work: docker.Workspace) -> Iterator[No
 def _start(
     asked: BuildRequest,
     placed: Placed,
+    client: passing.ClientConfig | None,
     session: Session,
     work: docker.Workspace,
     files: MachineFiles,
@@ -128,9 +131,11 @@ def _start(
         context_bytes=placed.sent_bytes,
         boot_s=oom.read_clock(session),
         started_at=begun,
+        has_secrets=client is not None and client.has_logins,
     )
     argv = docker.build_argv(asked, work, placed.where, placed.dockerfile)
-    docker.start_build(session, work, argv, stdin=placed.stdin, terminal=asked.terminal)
+    config = docker.write_client_config(session, work, client.content) if client is not None else None
+    docker.start_build(session, work, argv, stdin=placed.stdin, terminal=asked.terminal, client=config)
     record.save(files.builds, started)
     return started
 

@@ -249,6 +249,23 @@ class Home:
 
 
 @dataclass(frozen=True)
+class PassOn:
+    """What of this host's ways into the network a guest gets.
+
+    `authorities` are `auto`, `off` or files of certificates; `host_ports` are ports of the guest's localhost that are
+    the host's. `logins` are given to builds alone, and to none that is `carried` to another host with its memory.
+    """
+
+    proxy: bool = False
+    authorities: tuple[str, ...] = ()
+    registry_mirrors: tuple[str, ...] = ()
+    insecure_registries: tuple[str, ...] = ()
+    host_ports: tuple[int, ...] = ()
+    logins: bool = False
+    carried: bool = False
+
+
+@dataclass(frozen=True)
 class MachineRequest:
     """The machine that the user's settings ask for, before its guest image is at hand.
 
@@ -269,6 +286,7 @@ class MachineRequest:
     arch: Arch | None = None
     timeout_s: float = 300.0
     snapshots: bool = True
+    pass_on: PassOn = PassOn()
     given: frozenset[str] = frozenset()
     demanded: frozenset[str] = frozenset()
 

@@ -5,18 +5,16 @@ What the guest is asked to do is in images/guest/disk/provision; it tells its ph
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from vmbuild import process
+from vmbuild import passing, process
 from vmbuild.address import seen_from_guest
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError
-from vmbuild.guest import seed
 from vmbuild.guest.firstboot import PROVISION, KitFile, write_first_boot
 from vmbuild.guest.session import Session, capture
 from vmbuild.image import cloud, store
@@ -82,7 +80,7 @@ def _run_first_boot(
     machine = MachineSpec(spec.name, request.cpus, request.memory_mib, DISK_BYTES, image)
     qemu = probe_for(image, home.cache)
     lifetime.prepare(machine, files, explicit_disk=False, firmware=qemu.firmware)
-    write_seed(files, "vmbuild", seed.proxies(os.environ))
+    write_seed(files, "vmbuild", passing.proxies(request))
     write_first_boot(
         files.first_boot, (spec.guest_files / "disk/provision").read_bytes(), _kit(spec), _settings(spec, request)
     )
@@ -154,4 +152,4 @@ def _settings(spec: DiskSpec, request: MachineRequest) -> Mapping[str, str]:
     asked = {"MIRROR": (request.mirror, "debian"), "SECURITY_MIRROR": (request.security_mirror, "debian-security")}
     mirrors = {name: own.get(key, "") if url == AUTO else url for name, (url, key) in asked.items()}
     mirrors = {name: seen_from_guest(url).rstrip("/") for name, url in mirrors.items()}
-    return {"SYSTEM": spec.system, **mirrors, **seed.proxies(os.environ)}
+    return {"SYSTEM": spec.system, **mirrors, **passing.proxies(request)}

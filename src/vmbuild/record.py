@@ -19,7 +19,8 @@ class BuildRecord:
     """A build that was started, and what its command asked to be done with what comes of it.
 
     `folder` is the build's workspace in the guest. Paths are as the user wrote them, relative to `cwd`. `boot_s` is
-    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here.
+    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here, and of
+    its secrets only that it has some.
     """
 
     folder: str
@@ -32,6 +33,7 @@ class BuildRecord:
     context_bytes: int
     boot_s: float
     started_at: float
+    has_secrets: bool = False
 
     @property
     def id(self) -> str:

@@ -23,10 +23,12 @@ from vmbuild.model import (
     Arch,
     Home,
     MachineRequest,
+    PassOn,
     arch_name,
     format_size,
     parse_size,
 )
+from vmbuild.networks import parse_authorities, parse_mirrors, parse_ports, parse_registries
 
 F = TypeVar("F", bound=Callable[..., Any])
 PROJECT_FILE = "vmbuild.toml"
@@ -138,6 +140,14 @@ def _parse_image(text: str) -> str:
     return str(_parse_folder(text)) if is_place(text) and "://" not in text else text
 
 
+def _turns_on(text: str) -> bool:
+    return text.lower() not in ("off", "no", "false", "0")
+
+
+def _on() -> str:
+    return "on"
+
+
 def _host_cpus() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return str(min(usable, MAX_CPUS))
@@ -190,6 +200,30 @@ SETTINGS = (
         *("auto, as for the mirror", _parse_url, _always),
     ),
     Setting(
+        *("proxy", "on/off", "Pass this host's proxies on, to Docker and the steps of builds.", _on, "on"),
+        *(_parse_switch, _turns_on),
+    ),
+    Setting(
+        *("ca", "FILES", "CA certificates to trust, in the guest and for downloads.", lambda: "auto"),
+        *("auto: those that this host's administrator added", parse_authorities, _turns_on),
+    ),
+    Setting(
+        *("registry_mirrors", "URLS", "Mirrors of Docker Hub, asked before it.", _off, "none"),
+        *(parse_mirrors, _turns_on),
+    ),
+    Setting(
+        *("insecure_registries", "HOSTS", "Registries without TLS, or without a valid certificate.", _off, "none"),
+        *(parse_registries, _turns_on),
+    ),
+    Setting(
+        *("host_ports", "PORTS", "Ports of the guest's localhost that are this host's.", _off),
+        *("those of registries that a build names", parse_ports, _turns_on),
+    ),
+    Setting(
+        *("logins", "on/off", "Give builds the logins of docker's config.json that they can use.", _on, "on"),
+        *(_parse_switch, _turns_on),
+    ),
+    Setting(
         *(
             "cache_dir",
             "FOLDER",
@@ -228,6 +262,7 @@ class Settings:
             arch=None if self.values["arch"].origin == "default" else self["arch"],
             timeout_s=self["timeout"],
             snapshots=self["snapshots"],
+            pass_on=PassOn(*(self[key] for key in PASSED_ON)),
             given=frozenset(key for key, value in self.values.items() if value.origin != "default"),
             demanded=frozenset(key for key, value in self.values.items() if value.origin == BY_KEY[key].flag),
         )
@@ -284,7 +319,7 @@ def _read_file(path: Path) -> dict[str, str]:
             near = difflib.get_close_matches(key, BY_KEY, 1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(BY_KEY)}."
             raise UsageError(f"{path} has a key {key!r} that vmbuild does not know", resolution=hint)
-    return {key: str(value) for key, value in found.items()}
+    return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in found.items()}
 
 
 def _refuse_untrusted(path: Path, found: Mapping[str, str]) -> None:
@@ -340,7 +375,13 @@ def settings_table() -> str:
 BUILD_LIMITS = ("time_limit", "reserve", "stall_timeout")
 """The settings that are options of the commands that follow a build."""
 
-COMMAND_LINE = ("name", "arch", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror")
+PASSED_ON = ("proxy", "ca", "registry_mirrors", "insecure_registries", "host_ports", "logins")
+"""The settings of what a guest gets of this host, in PassOn's order."""
+
+COMMAND_LINE = (
+    *("name", "arch", "cpus", "memory", "disk", "image", "timeout", "snapshots", "mirror", "security_mirror"),
+    *PASSED_ON,
+)
 """The settings that are options of `up`, `build` and `base`."""
 
 
@@ -350,6 +391,8 @@ def show(value: Value, key: str) -> str:
         return "on" if value.value else "off"
     if value.value is None:
         return "off"
+    if isinstance(value.value, tuple):
+        return ", ".join(map(str, value.value)) or "off"
     if isinstance(value.value, Arch):
         return arch_name(value.value)
     if isinstance(value.value, float):

@@ -12,11 +12,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vmbuild import process, provision, record, settle
+from vmbuild import passing, process, provision, record, settle
 from vmbuild.address import is_place
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
-from vmbuild.guest import clock, seed
+from vmbuild.guest import clock
 from vmbuild.guest.session import Session
 from vmbuild.image import catalog, given, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
@@ -49,6 +49,7 @@ SPARE_BYTES = GIB
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
+    passing.trust_here(request)
     if is_place(request.image):
         request = replace(request, image=given.find_row(request.image, home.cache).name)
     files = MachineFiles.at(home.state, request.name)
@@ -58,6 +59,8 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
     try:
         session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
         clock.set_clock(session, time.time())
+        with lifetime.lock(files, report):
+            passing.to_guest(session, request, report)
         yield session
     finally:
         if session is not None:
@@ -76,7 +79,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
     shape = shape_of(request.name, request, home, report)
     record.forget_all(files.builds)
     lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given, firmware=shape.qemu.firmware)
-    write_seed(files, f"vmbuild-{request.name}", seed.proxies(os.environ))
+    write_seed(files, f"vmbuild-{request.name}", passing.proxies(request))
     kept = snapshot.find(home.cache, shape.key) if shape.key else None
     if kept is not None:
         try:
@@ -179,7 +182,7 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     suspension.refuse_differences(kept, request)
     _warn_of_differences(request, lifetime.status(files), report)
     spec, qemu = fit_here(kept, request, home, report)
-    write_seed(files, f"vmbuild-{files.name}", seed.proxies(os.environ))
+    write_seed(files, f"vmbuild-{files.name}", passing.proxies(request))
     report.step(f"Going on with the suspended machine {files.name}")
     with ThreadPoolExecutor(1) as beside:
         check = beside.submit(suspension.check, files, kept).result
@@ -239,6 +242,7 @@ def _has_room(request: MachineRequest, home: Home) -> bool:
 
 def fetch_image(request: MachineRequest, home: Home, report: Reporter, *, refresh: bool = False) -> GuestImage:
     """Return the guest image from the cache, made first where it is not there, or with `refresh` of what is new."""
+    passing.trust_here(request)
     spec = settle.choose_image(request, home.cache)
     with store.renewing(spec, home.cache, report) if refresh else nullcontext():
         if isinstance(spec, DiskSpec):

@@ -24,7 +24,7 @@ from vmbuild.follow import Watch
 from vmbuild.guest import docker, job, ready
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus
+from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus, PassOn
 from vmbuild.record import BuildRecord
 from vmbuild.report import SilentReporter
 
@@ -49,7 +49,9 @@ def context(tmp_path: Path) -> Path:
 def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
     """Run a build in a guest and return the guest."""
 
-    def do(asked: BuildRequest, *, stdin: bytes = b"", code: int = 0, log: bytes = b"") -> Guest:
+    def do(
+        asked: BuildRequest, *, stdin: bytes = b"", code: int = 0, log: bytes = b"", request: MachineRequest = REQUEST
+    ) -> Guest:
         guest = Guest(code, log)
 
         @contextmanager
@@ -58,7 +60,7 @@ def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
 
         monkeypatch.setattr(build, "open_session", open_session)
         streams = {"stdin": io.BytesIO(stdin), "stdout": io.BytesIO()}
-        build.build(REQUEST, asked, home, SilentReporter(), **streams, watch=Watch())
+        build.build(request, asked, home, SilentReporter(), **streams, watch=Watch())
         return guest
 
     return do
@@ -111,6 +113,31 @@ def test_a_failed_build_leaves_no_older_id(run: Callable[..., Guest], context: P
         run(asked, code=1)
     assert not (tmp_path / "iid").exists()
     assert not (tmp_path / "meta").exists()
+
+
+def test_a_login_is_in_memory_for_the_time_of_a_build_and_nowhere_else(
+    run: Callable[..., Guest], home: Home, context: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"docker.io": {"auth": "c2VjcmV0"}}}))
+    records = []
+    monkeypatch.setattr(record, "save", lambda _, made: records.append(made))
+    guest = run(BuildRequest(str(context)), request=replace(REQUEST, pass_on=PassOn(logins=True)))
+    (told,) = guest.shells("secret")
+    assert told.argv[-1] == "/run/vmbuild/secrets/w/docker"
+    assert json.loads(told.stdin) == {"proxies": {}, "auths": {"docker.io": {"auth": "c2VjcmV0"}}}
+    (built,) = guest.ran(job.PROGRAM, "start")
+    assert "DOCKER_CONFIG=/run/vmbuild/secrets/w/docker" in built.argv
+    assert guest.ran("rm", "-rf", "/w", "/run/vmbuild/secrets/w")
+    assert "c2VjcmV0" not in " ".join(word for call in guest.calls for word in call.argv)
+    assert [made.has_secrets for made in records] == [True]
+    assert "c2VjcmV0" not in repr(records)
+
+
+def test_a_build_without_a_login_has_no_configuration(run: Callable[..., Guest], context: Path) -> None:
+    guest = run(BuildRequest(str(context)))
+    assert guest.shells("secret") == []
+    assert not any("DOCKER_CONFIG" in word for call in guest.calls for word in call.argv)
 
 
 KILLED = b"Out of memory: Killed process 8 (cc1) total-vm:1kB, anon-rss:731136kB, file-rss:1kB\n"

@@ -305,6 +305,13 @@ def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
     assert limits[0].suspend_to == home / f"{name}.vmbundle"
 
 
+def test_a_build_that_may_become_a_bundle_is_told_so(built: Record, home: Path) -> None:
+    assert run(["build", "--time-limit", "45m"]) == 0
+    assert run(["build", "--time-limit", "45m", "--suspend-to", str(home), "--logins", "off"]) == 0
+    choices = [request.pass_on for request, _ in built]
+    assert [(choice.carried, choice.logins) for choice in choices] == [(False, True), (True, False)]
+
+
 def run_program(script: str) -> subprocess.CompletedProcess[str]:
     argv = ["sh", "-c", script, str(Path(sys.executable).with_name("vmbuild"))]
     return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)

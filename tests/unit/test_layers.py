@@ -72,6 +72,7 @@ GUEST = {
     "archive",
     "oci",
     "bases",
+    "passed",
 }
 COMMANDS = {"build", "machine", "top", "cache", "host"}
 
@@ -154,19 +155,25 @@ ALLOWED: dict[str, set[str]] = {
     "reach": GROUND
     | {"machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
+    "authorities": GROUND,
+    "logins": GROUND | {"process"},
+    "guest.passed": GROUND | {"guest.session"},
+    "passing": GROUND
+    | {"authorities", "logins", "image.http"}
+    | {f"guest.{name}" for name in ("context", "passed", "seed", "session")},
     "provision": GROUND
-    | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
+    | {"passing", "process", "reach", "image.cloud", "image.mirrors", "image.store"}
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
-    | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
+    | {f"guest.{name}" for name in ("firstboot", "session")},
     "start": GROUND
-    | {"process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
+    | {"passing", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
     | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
+    | {"start", "reach", "follow", "operate", "passing", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
     | {"guest.transfer"},
@@ -185,7 +192,8 @@ ALLOWED: dict[str, set[str]] = {
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.firmware", "machine.probe"},
-    "settings": GROUND,
+    "networks": GROUND,
+    "settings": GROUND | {"networks"},
     "ui": GROUND,
     "cli.options": {"errors", "settings"},
     "cli.build": {"errors", "model", "settings", "ui", "cli.options", "build", "follow", "guard", "carry"},
@@ -207,7 +215,7 @@ DOORS = {
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
     "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
-    "cryptography": {"guest.keys"},
+    "cryptography": {"authorities", "guest.keys"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},
 }

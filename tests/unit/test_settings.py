@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vmbuild.errors import UsageError
-from vmbuild.model import GIB, Arch
-from vmbuild.settings import BY_KEY, SETTINGS, Settings, resolve, settings_table, show
+from vmbuild.model import GIB, Arch, PassOn
+from vmbuild.settings import BY_KEY, PASSED_ON, SETTINGS, Settings, resolve, settings_table, show
 
 
 def resolved(tmp_path: Path, **flags: str) -> Settings:
@@ -89,6 +89,11 @@ def test_the_defaults_fit_the_host(tmp_path: Path) -> None:
         *(("mirror", text) for text in ("ftp://x", "debian")),
         *(("arch", text) for text in ("armhf", "x86", "", "ARM")),
         *(("snapshots", text) for text in ("maybe", "2", "")),
+        *((key, "maybe") for key in ("proxy", "logins")),
+        *(("registry_mirrors", text) for text in ("m.example", "ftp://m", "http://", "http://m/x", "https://a:b@m")),
+        *(("insecure_registries", text) for text in ("http://m", "m/x", "10.0.0.0/99", "a b/c")),
+        *(("host_ports", text) for text in ("0", "65536", "-1", "http", "5000-5001", "\u0665")),
+        ("ca", "~nobody-by-this-name/x"),
     ],
 )
 def test_nonsense_is_refused_with_its_origin(tmp_path: Path, key: str, text: str) -> None:
@@ -119,6 +124,53 @@ def test_a_switch_in_a_file_may_be_tomls_own(tmp_path: Path) -> None:
 )
 def test_a_value_is_shown_as_people_write_it(tmp_path: Path, key: str, text: str, shown: str) -> None:
     assert show(resolved(tmp_path, **{key: text}).values[key], key) == shown
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value", "shown"),
+    [
+        ("registry_mirrors", "http://a:5000/, https://b,http://a:5000", ("http://a:5000", "https://b"), None),
+        (
+            "insecure_registries",
+            "R.example localhost:5000,10.1.2.3/8",
+            ("r.example", "localhost:5000", "10.0.0.0/8"),
+            None,
+        ),
+        ("insecure_registries", "[::1]:5000", ("[::1]:5000",), None),
+        ("host_ports", "5000,5001", (5000, 5001), "5000, 5001"),
+        ("ca", "auto,/a/b.pem", ("auto", "/a/b.pem"), "auto, /a/b.pem"),
+        *((key, "off", (), "off") for key in ("registry_mirrors", "insecure_registries", "host_ports", "ca")),
+    ],
+)
+def test_a_list_as_people_write_it(tmp_path: Path, key: str, text: str, value: object, shown: str | None) -> None:
+    found = resolved(tmp_path, **{key: text}).values[key]
+    assert found.value == value
+    assert show(found, key) == shown or shown is None
+
+
+def test_a_list_in_a_file_is_tomls_own(tmp_path: Path) -> None:
+    user = tmp_path / "config.toml"
+    user.write_text('host_ports = [5000, 5001]\nregistry_mirrors = ["http://a", "http://b"]\nca = []\n')
+    found = resolve({}, {}, tmp_path, user)
+    assert (found["host_ports"], found["registry_mirrors"], found["ca"]) == ((5000, 5001), ("http://a", "http://b"), ())
+
+
+def test_what_is_passed_on_is_part_of_the_request(tmp_path: Path) -> None:
+    assert resolved(tmp_path).as_request().pass_on == PassOn(proxy=True, authorities=("auto",), logins=True)
+    flags = {"proxy": "off", "ca": "/c", "registry_mirrors": "http://m", "insecure_registries": "r", "host_ports": "1"}
+    found = resolved(tmp_path, **flags, logins="off").as_request().pass_on
+    assert found == PassOn(False, ("/c",), ("http://m",), ("r",), (1,), False)
+
+
+@pytest.mark.parametrize("key", PASSED_ON)
+def test_a_project_may_pass_on_less_but_not_more(tmp_path: Path, key: str) -> None:
+    """More would open the machine of all projects: another authority or mirror, or a login that its user keeps back."""
+    (tmp_path / "vmbuild.toml").write_text(f'{key} = "off"\n')
+    assert not resolved(tmp_path)[key]
+    texts = {"ca": "auto", "registry_mirrors": "http://m", "insecure_registries": "r", "host_ports": "1"}
+    (tmp_path / "vmbuild.toml").write_text(f'{key} = "{texts.get(key, "on")}"\n')
+    with pytest.raises(UsageError, match="must not set"):
+        resolved(tmp_path)
 
 
 def test_an_unknown_key_is_told_with_a_near_one(tmp_path: Path) -> None:

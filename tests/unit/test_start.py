@@ -18,13 +18,13 @@ from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import operate, process, start
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, UsageError
-from vmbuild.guest import ready
+from vmbuild.guest import passed, ready
 from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.facts import Facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.snapshot import Snapshot
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import Arch, Home, MachineRequest
+from vmbuild.model import Arch, Home, MachineRequest, PassOn
 from vmbuild.report import SilentReporter
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
@@ -90,6 +90,39 @@ def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[
     assert (maker["VMBUILD_ARCH"], maker["VMBUILD_IMAGE"]) == ("arm64", "debian-13-arm64")
     assert up(home) == []  # it runs
     assert len(makers) == 1
+
+
+def test_what_is_passed_on_reaches_a_guest_that_is_ready_whether_it_ran_or_not(
+    home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[passed.Passed] = []
+
+    def take(_: object, wanted: passed.Passed) -> passed.Outcome:
+        told.append(wanted)
+        return passed.Outcome((), ())
+
+    monkeypatch.setattr(passed, "apply", take)
+    request = replace(REQUEST, pass_on=PassOn(registry_mirrors=("http://localhost:5000",)))
+    words = "Passing on to the guest: registry mirror http://localhost:5000; the host's localhost:5000"
+    assert up(home, request) == ["Starting the machine box", words]
+    assert up(home, request) == [words]
+    assert up(home) == []
+    assert [each.mirrors for each in told] == [("http://localhost:5000",)] * 2 + [()]
+
+
+@pytest.mark.parametrize(("proxy", "is_there"), [(True, True), (False, False)])
+def test_the_proxies_of_the_host_are_in_the_seed_unless_turned_off(
+    home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, proxy: bool, is_there: bool
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    up(home, replace(REQUEST, pass_on=PassOn(proxy=proxy)))
+    assert (b"http://proxy.example:3128" in MachineFiles.at(home.state, "box").seed.read_bytes()) is is_there
+
+
+def test_a_file_of_certificates_that_is_not_there_starts_nothing(home: Home) -> None:
+    with pytest.raises(UsageError, match="cannot read the certificates of /none"):
+        up(home, replace(REQUEST, pass_on=PassOn(authorities=("/none",))))
+    assert not MachineFiles.at(home.state, "box").folder.exists()
 
 
 def test_a_machine_of_another_architecture_is_no_surprise_but_a_choice_is(

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
@@ -83,7 +84,9 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
     reporter = ui.TerminalReporter(quiet=quiet or is_pure)
     limits = _limits(found, found["name"], suspend_to, begun)
     with _standard_input() as stdin:
-        arguments = (found.as_request(), request, found.home(), reporter)
+        machine = found.as_request()
+        machine = replace(machine, pass_on=replace(machine.pass_on, carried=limits.suspend_to is not None))
+        arguments = (machine, request, found.home(), reporter)
         result = carry.within(
             *(limits, found["name"], found.home(), reporter),
             lambda guard: build.build(*arguments, stdin=stdin, stdout=sys.stdout.buffer, watch=guard),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import requests
 import urllib3
@@ -25,7 +28,7 @@ BACKOFF_S = 0.5
 """Wait before the second try; it doubles with every further one."""
 
 NETWORK_ADVICE = (
-    "Check the network. Behind a proxy set http_proxy and https_proxy (and REQUESTS_CA_BUNDLE when it re-signs TLS)."
+    "Check the network. Behind a proxy set http_proxy and https_proxy (and VMBUILD_CA when it re-signs TLS)."
 )
 MIRROR_ADVICE = f"{NETWORK_ADVICE} To use another Debian mirror, set VMBUILD_MIRROR."
 
@@ -50,12 +53,43 @@ class Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
+_trusted_too: list[str] = []
+
+
+def trust_also(pem: str) -> None:
+    """Let every session from now on trust these authorities beside those that it trusts anyway; empty for none."""
+    _trusted_too[:] = [pem] if pem else []
+
+
+def public_bundle() -> Path:
+    """Return the file of the public authorities that a session trusts when the environment names none."""
+    return Path(requests.utils.DEFAULT_CA_BUNDLE_PATH)
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Trusts what `trust_also` was given; the bundle of the environment, or the public one, is added to it."""
+
+    def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
+        super().init_poolmanager(connections, maxsize, block, **options, **_tls_options())
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, **options, **_tls_options())
+
+
+def _tls_options() -> dict[str, ssl.SSLContext]:
+    if not _trusted_too:
+        return {}
+    context = urllib3.util.ssl_.create_urllib3_context()
+    context.load_verify_locations(cadata=_trusted_too[0])
+    return {"ssl_context": context}
+
+
 class Session(requests.Session):
     """Connections that are kept open; proxies and CA bundle come from the environment."""
 
     def __init__(self, connections: int = 1) -> None:
         super().__init__()
-        adapter = requests.adapters.HTTPAdapter(pool_connections=connections, pool_maxsize=connections)
+        adapter = _Adapter(pool_connections=connections, pool_maxsize=connections)
         self.mount("http://", adapter)
         self.mount("https://", adapter)
         # identity: digests are those of the files as they lie on the server

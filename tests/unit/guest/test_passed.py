@@ -1,0 +1,164 @@
+"""What a guest has of the host: applied when it differs, and only then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from tests.unit.guest.fakes import FakeSession, Reply
+from vmbuild.errors import GuestError
+from vmbuild.guest import passed
+from vmbuild.guest.passed import Outcome, Passed, apply
+
+TCP = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1389 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 10
+   1: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11
+   2: 0F02000A:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12
+   3: 0100007F:1F91 0100007F:0016 01 00000000:00000000 00:00000000 00000000     0        0 13
+  sl  local_address                         remote_address                        st
+   0: 00000000000000000000000000000000:0050 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 14
+   1: 00000000000000000000000001000000:0051 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 15
+   2: 0000000000000000FFFF00000100007F:0052 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 16
+"""
+
+
+class Guest(FakeSession):
+    """A guest that does what it is told: it keeps its state, and Docker goes by what its configuration says."""
+
+    def __init__(self, own: dict[str, Any] | None = None, *, obeys: bool = True) -> None:
+        super().__init__()
+        self.state = ""
+        self.daemon = json.dumps(own or {"log-level": "warn"})
+        self.config: dict[str, Any] = {}
+        self.obeys = obeys
+
+    def run(self, argv: Sequence[str], **options: Any) -> int:
+        self.table = ((("sh",), Reply(stdout=self._answer(argv[2]))),)
+        code = super().run(argv, **options)
+        fed = self.calls[-1].stdin.decode()
+        if argv[2] == passed._WRITE_DAEMON:
+            self.config = json.loads(fed)
+        elif argv[2] == f"cat >{passed.STATE}":
+            self.state = fed
+        return code
+
+    def _answer(self, script: str) -> bytes:
+        if script == passed._LOOK:
+            return f"{self.state}--\n{TCP}".encode()
+        if script == passed._READ_DAEMON:
+            return self.daemon.encode()
+        if script == passed._INFO:
+            config = self.config if self.obeys else {}
+            names = config.get("insecure-registries", [])
+            ranges = [name for name in names if "/" in name]
+            indexes = {name: {"Secure": False} for name in names if "/" not in name} | {"docker.io": {"Secure": True}}
+            registries = {
+                "Mirrors": [f"{url}/" for url in config.get("registry-mirrors", [])] or None,
+                "IndexConfigs": indexes,
+                "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128", *ranges],
+            }
+            return f"HTTP/1.0 200 OK\r\nA: b\r\n\r\n{json.dumps({'RegistryConfig': registries})}".encode()
+        return b""
+
+    def scripts(self) -> list[str]:
+        """Return the scripts that were run since the last time, and forget them."""
+        found = [call.argv[2] for call in self.calls]
+        self.calls.clear()
+        return found
+
+
+MIRRORED = Passed(mirrors=("https://m.example", "http://localhost:5000"), insecure=("r.example:5000", "10.0.0.0/8"))
+
+
+def test_nothing_costs_a_look_and_is_remembered() -> None:
+    guest = Guest()
+    assert apply(guest, Passed()) == Outcome((), ())
+    assert guest.scripts() == [passed._LOOK, f"cat >{passed.STATE}"]
+    apply(guest, Passed())
+    assert guest.scripts() == [passed._LOOK]
+
+
+def test_registries_go_beside_what_docker_has_of_its_own_and_go_away_again() -> None:
+    guest = Guest({"log-level": "warn", "registry-mirrors": ["https://own.example"]})
+    apply(guest, MIRRORED)
+    assert guest.config == {
+        "log-level": "warn",
+        "registry-mirrors": ["https://own.example", "https://m.example", "http://localhost:5000"],
+        "insecure-registries": ["r.example:5000", "10.0.0.0/8"],
+    }
+    guest.scripts()
+    apply(guest, MIRRORED)
+    assert guest.scripts() == [passed._LOOK]
+    apply(guest, Passed())
+    assert guest.config["registry-mirrors"] == ["https://own.example"]
+    assert guest.config["insecure-registries"] == []
+
+
+def test_a_docker_that_does_not_obey_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passed, "RELOAD_S", 0.3)
+    with pytest.raises(GuestError, match="does not take the registries"):
+        apply(Guest(obeys=False), MIRRORED)
+
+
+@pytest.mark.parametrize("answer", ["", "HTTP/1.0 500 No\r\n\r\n", "x\r\n\r\n{}", "x\r\n\r\nnull\n"])
+def test_a_docker_that_does_not_answer_does_not_obey_yet(answer: str) -> None:
+    assert not passed._goes_by(answer, [], [])
+
+
+def test_authorities_are_fed_and_taken_away() -> None:
+    guest = Guest()
+    assert apply(guest, Passed(authorities="PEM")) == Outcome((), ())
+    (call,) = [call for call in guest.calls if call.argv[2] == passed._TRUST]
+    assert call.stdin == b"PEM"
+    guest.scripts()
+    assert apply(guest, Passed()) == Outcome((), ())
+    assert passed._TRUST in guest.scripts()
+
+
+def test_what_docker_reads_at_its_start_is_late_later() -> None:
+    guest = Guest()
+    apply(guest, Passed(proxies={"http_proxy": "http://a"}))
+    wanted = Passed(proxies={"http_proxy": "http://b"}, authorities="PEM")
+    assert apply(guest, wanted).until_restart == ("proxies", "authorities")
+    assert apply(guest, wanted).until_restart == ()
+    assert apply(guest, Passed()).until_restart == ()
+
+
+def test_a_password_is_not_in_what_is_remembered() -> None:
+    guest = Guest()
+    apply(guest, Passed(proxies={"http_proxy": "http://me:s3cret@a"}))
+    assert "s3cret" not in guest.state
+    assert "s3cret" not in repr(guest.calls)
+
+
+def test_ports_are_the_hosts_until_something_in_the_guest_listens() -> None:
+    guest = Guest()
+    assert apply(guest, Passed(ports=frozenset({5000, 22}))) == Outcome((), (22,))
+    (call,) = [call for call in guest.calls if call.argv[2] == passed._FORWARD]
+    assert call.argv[4:] == ("5000",)
+    guest.scripts()
+    apply(guest, Passed(ports=frozenset({6000})))
+    assert [call.argv[4:] for call in guest.calls if call.argv[2] == passed._FORWARD] == [("5000", "6000")]
+    guest.scripts()
+    apply(guest, Passed(ports=frozenset({5000})))
+    assert guest.scripts() == [passed._LOOK]
+    guest.state = guest.state.replace("5000", "5001")  # which somebody listens on by now
+    apply(guest, Passed())
+    assert [call.argv[4:] for call in guest.calls if call.argv[2] == passed._FORWARD] == [("6000",)]
+
+
+def test_who_listens_on_loopback_is_read_from_the_kernel() -> None:
+    assert set(passed._listening(TCP)) == {5001, 22, 80, 81, 82}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [passed._LOOK, passed._TRUST, passed._READ_DAEMON, passed._WRITE_DAEMON, passed._INFO, passed._FORWARD],
+)
+def test_the_scripts_are_shell(script: str) -> None:
+    assert subprocess.run(["/bin/sh", "-n", "-c", script], check=False).returncode == 0
