@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from vmbuild.errors import UsageError
 from vmbuild.guest import copying, extract
 from vmbuild.guest.channel import Channel
-from vmbuild.guest.extract import Left
+from vmbuild.guest.extract import Left, Stream
 from vmbuild.guest.session import Session
 from vmbuild.model import Home
 from vmbuild.reach import channel_of, existing, running_session
@@ -101,7 +101,8 @@ def _copy_out(
     wanted = None if target.path == STREAM else _target_on_host(source, target, is_folder=is_folder)
     with copying.packed(session, channel, source.path, report) as stream:
         if wanted is None:
-            shutil.copyfileobj(stream, stdout, CHUNK_BYTES)
+            while data := stream.read(CHUNK_BYTES):
+                stdout.write(data)
             stdout.flush()
         else:
             _tell(_unpack(stream, wanted, is_folder=is_folder), report)
@@ -124,7 +125,7 @@ def _target_on_host(source: Place, target: Place, *, is_folder: bool) -> Path:
     return path.resolve() if path.exists() else path
 
 
-def _unpack(stream: IO[bytes], target: Path, *, is_folder: bool) -> Left:
+def _unpack(stream: Stream, target: Path, *, is_folder: bool) -> Left:
     with _beside(target) as made:
         left = extract.extract(stream, made)
         if is_folder:

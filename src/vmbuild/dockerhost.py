@@ -1,4 +1,4 @@
-"""The recipe of a machine as a Docker host: the guest's Docker on a private socket of this host, while the machine runs."""
+"""The recipe of a machine as a Docker host: the guest's Docker on a private socket of the host, while it runs."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def _mark(files: MachineFiles) -> str:
 
 
 def _start(files: MachineFiles, path: Path) -> None:
-    with process.starting(
-        _argv(files), cwd=files.folder, log=files.docker_log, pid_file=files.docker_pid
-    ) as exit_code:
+    with process.starting(_argv(files), cwd=files.folder, log=files.docker_log, pid_file=files.docker_pid) as exit_code:
         limit = Deadline.after(ANSWER_S)
         while not forward.answers(path, limit):
             if exit_code() is not None or limit.passed:

@@ -51,6 +51,11 @@ def run_in_guest(
         return terminal.attach(session, argv, interactive=interactive, has_terminal=has_terminal)
 
 
+def place_command(argv: Sequence[str], folder: str, variables: Sequence[str]) -> list[str]:
+    """Return an argv that runs another in a folder of the guest, with variables (KEY=VALUE) set."""
+    return terminal.place_command(argv, folder, variables)
+
+
 def down(name: str, home: Home, report: Reporter) -> bool:
     """Stop the machine, keeping its disk; tell whether it ran."""
     files = existing(name, home)

@@ -72,8 +72,9 @@ GUEST = {
     "archive",
     "oci",
     "bases",
+    *("forward", "relay", "extract", "copying"),
 }
-COMMANDS = {"build", "machine", "top", "cache", "host"}
+COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -148,18 +149,26 @@ ALLOWED: dict[str, set[str]] = {
     "guest.oci": GROUND | {"guest.session"},
     "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
+    "guest.forward": GROUND,
+    "guest.relay": GROUND | {"guest.session"},
+    "guest.extract": GROUND,
+    "guest.copying": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "extract", "transfer")},
     "settle": GROUND
     | {"image.catalog", "image.given"}
     | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
     "reach": GROUND
     | {"machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
+    "dockerhost": GROUND
+    | {"process", "reach", "guest.forward", "guest.relay"}
+    | {f"machine.{name}" for name in ("facts", "files", "lifetime")},
+    "copy": GROUND | {"reach"} | {f"guest.{name}" for name in ("session", "channel", "copying", "extract")},
     "provision": GROUND
     | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "seed", "session")},
     "start": GROUND
-    | {"process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
+    | {"dockerhost", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
@@ -171,7 +180,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
     | {"guest.transfer"},
     "operate": GROUND
-    | {"start", "reach"}
+    | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
@@ -187,12 +196,19 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": GROUND | {"process", "image.debian", "machine.probe"},
     "settings": GROUND,
     "ui": GROUND,
-    "cli.options": {"errors", "settings"},
-    "cli.build": {"errors", "model", "settings", "ui", "cli.options", "build", "follow", "guard", "carry"},
+    "schemas": GROUND
+    | {"doctor", "stock", "watch", "cli.dockerhost", "guest.resources", "image.store"}
+    | {"machine.snapshot", "machine.suspension"},
+    "cli.completion": {"errors", "model", "settings", "image.catalog"},
+    "cli.options": {"errors", "settings", "cli.completion"},
+    "cli.dockerhost": {"ui", "cli.options", "dockerhost", "operate"},
+    "cli.inside": {"errors", "ui", "cli.completion", "cli.options", "copy", "operate"},
+    "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "build", "follow", "guard"}
+    | {"carry"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
-    "cli.top": {"errors", "model", "ui", "cli.options", "watch"},
-    "cli.cache": {"errors", "model", "settings", "ui", "cli.options", "start", "stock", "machine.snapshot"},
-    "cli.host": {"errors", "settings", "ui", "cli.options", "doctor"},
+    "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
+    "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},
+    "cli.host": {"errors", "settings", "ui", "cli.completion", "cli.options", "doctor"},
     "cli.app": {"errors", "cli.options", *(f"cli.{name}" for name in COMMANDS)},
     "cli.program": {"errors", "ui", "cli.app"},
     "__main__": {"cli.program"},
@@ -206,14 +222,14 @@ DOORS = {
     "qemu": {"machine.qmp"},
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
-    "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
+    "click": {"settings", "cli.completion", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
     "cryptography": {"guest.keys"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},
 }
 """A foreign package, and the modules that may import it."""
 
-SPEAKERS = {"ui", "cli.machine", "cli.program"}
+SPEAKERS = {"ui", "cli.dockerhost", "cli.inside", "cli.machine", "cli.program"}
 SAY_OR_END = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
 START = ("os.system", "os.popen", "os.fork", "os.execv", "os.posix_spawn", "pty.spawn")
 HIDE = ("__import__", "import_module", "importlib.import_module")

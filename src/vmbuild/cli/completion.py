@@ -1,4 +1,4 @@
-"""What a shell is told to complete a command line: machines, guest images, platforms, the words that a setting takes."""
+"""What completes a command line in a shell: machines, guest images, platforms, the words that a setting takes."""
 
 from __future__ import annotations
 

@@ -78,9 +78,7 @@ def variables(socket: Path) -> dict[str, str]:
 @click.option("--unset", is_flag=True, help="Print what makes the shell forget it.")
 @click.option("--serve", hidden=True)
 @as_json
-def env(
-    positional: str | None, shell: str | None, unset: bool, serve: str | None, as_json: bool, **flags: Any
-) -> None:
+def env(positional: str | None, shell: str | None, unset: bool, serve: str | None, as_json: bool, **flags: Any) -> None:
     """Print what makes docker, compose, buildx and others on this host use the guest's Docker; for `eval`."""
     from vmbuild import dockerhost, ui
 

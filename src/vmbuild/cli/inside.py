@@ -13,14 +13,6 @@ from vmbuild.cli.completion import complete_places
 from vmbuild.cli.options import name_argument, name_option, read_settings
 from vmbuild.errors import UsageError
 
-# The folder, then KEY=VALUE words up to the first dash, then the command.
-ENTER = (
-    'cd -- "$1" || exit 125; shift; '
-    'while [ "$1" != - ]; do export "$1"; shift; done; shift; '
-    'command -v "$1" >/dev/null || { echo "vmbuild: no $1 in the guest" >&2; exit 127; }; exec "$@"'
-)
-
-
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @name_option
 @click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")
@@ -44,7 +36,7 @@ def exec_command(
     if tty and interactive and not sys.stdin.isatty():
         raise UsageError("standard input is no terminal", resolution="Leave -t out.")
     found = read_settings(flags)
-    argv = ["sh", "-c", ENTER, "exec", workdir, *_assignments(variables), "-", *command]
+    argv = operate.place_command(command, workdir, _assignments(variables))
     sys.exit(operate.run_in_guest(found["name"], argv, found.home(), interactive=interactive, has_terminal=tty))
 
 
@@ -87,9 +79,8 @@ def cp(source: str, target: str, quiet: bool, **flags: Any) -> None:
     from vmbuild import copy, ui
 
     found = read_settings(flags)
-    ends = [copy.Place.parse(text, found["name"]) for text in (source, target)]
-    if ends[1] == copy.Place(None, copy.STREAM) and sys.stdout.isatty():
+    begin, end = (copy.Place.parse(text, found["name"]) for text in (source, target))
+    if end == copy.Place(None, copy.STREAM) and sys.stdout.isatty():
         raise UsageError("cannot write a tar stream to a terminal", resolution="Name a target, or redirect.")
-    copy.copy(
-        *(*ends, found.home(), ui.TerminalReporter(quiet=quiet)), stdin=sys.stdin.buffer, stdout=sys.stdout.buffer
-    )
+    reporter = ui.TerminalReporter(quiet=quiet)
+    copy.copy(begin, end, found.home(), reporter, stdin=sys.stdin.buffer, stdout=sys.stdout.buffer)

@@ -17,6 +17,7 @@ from vmbuild.errors import GuestError, UsageError
 from vmbuild.guest import channel, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.context import add_file, open_tar
+from vmbuild.guest.extract import Stream
 from vmbuild.guest.session import CHUNK_BYTES, Feed, Session, Sink, capture
 from vmbuild.report import Meter, Reporter
 
@@ -133,7 +134,7 @@ def _unpack(session: Session, folder: str, write_tar: Feed, channel_: Channel, r
 
 
 @contextmanager
-def packed(session: Session, channel_: Channel, path: str, report: Reporter) -> Iterator[IO[bytes]]:
+def packed(session: Session, channel_: Channel, path: str, report: Reporter) -> Iterator[Stream]:
     """Yield a file or folder of the guest as a tar stream; a folder's names begin at the folder.
 
     Raises GuestError when it cannot be read.
@@ -148,8 +149,7 @@ def packed(session: Session, channel_: Channel, path: str, report: Reporter) -> 
         with report.meter("copy", None) as meter:
             _pack_to_file(session, path, kept, meter)
         kept.seek(0)
-        with zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_reader(kept) as plain:
-            yield plain
+        yield _Plain(kept)
 
 
 def _pack_to_drive(session: Session, path: str) -> int | None:
@@ -184,14 +184,27 @@ def _check(code: int, path: str, words: bytearray) -> None:
         raise GuestError(f"the guest could not pack {path}", details=details)
 
 
+class _Plain:
+    """The content of a compressed file, for who reads to the end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._reader = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_reader(file)
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return self._reader.read(size)
+        except zstandard.ZstdError as error:
+            raise GuestError("what came out of the guest is damaged", details=str(error)) from error
+
+
 class _Part:
     """The first bytes of a drive, for who reads to the end."""
 
     def __init__(self, file: IO[bytes], size: int, meter: Meter) -> None:
         self._file, self._left, self._meter = file, size, meter
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._left if size < 0 else min(size, self._left))
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(min(size, self._left))
         self._left -= len(data)
         self._meter.advance(len(data))
         return data

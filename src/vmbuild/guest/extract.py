@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, Protocol, cast
 
 from vmbuild.errors import GuestError
 from vmbuild.model import MIB
@@ -20,8 +20,9 @@ MAX_NAME = 4096
 MAX_EXTENSION = MIB
 """The most that a header which only names the next one may hold: tarfile reads it into memory."""
 
-EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME) + (
-    tarfile.GNUTYPE_LONGLINK,
+EXTENSIONS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 MODE = 0o755
 """What is left of a mode: nobody else may write, and nobody runs as another user, because a guest said so."""
@@ -37,7 +38,14 @@ class Left:
     special: list[str] = field(default_factory=list)
 
 
-def extract(stream: IO[bytes], folder: Path) -> Left:
+class Stream(Protocol):
+    """Bytes that come one after the other."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many of them; none at the end."""
+
+
+def extract(stream: Stream, folder: Path) -> Left:
     """Unpack a tar stream in an empty folder that nobody else writes in; return what was left out.
 
     No link is made before all files are written, so nothing can be written through one. Raises GuestError for a stream
@@ -46,9 +54,9 @@ def extract(stream: IO[bytes], folder: Path) -> Left:
     work = _Work(folder)
     with writing_in(folder):
         try:
-            with _blaming_guest(), tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header) as tar:
-                for member in tar:
-                    tar.getmembers().clear()  # else it remembers every file
+            with _blaming_guest(), tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|", tarinfo=_Header) as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # else it remembers every file
                     work.take(tar, member)
             work.make_links()
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:

@@ -15,9 +15,23 @@ from vmbuild.guest.session import CHUNK_BYTES, Session, Sink
 SHELL = ("/bin/sh", "-l")
 
 
-def attach(
-    session: Session, argv: Sequence[str], *, interactive: bool = True, has_terminal: bool | None = None
-) -> int:
+ENTER = """
+cd -- "$1" || exit 125
+shift
+while [ "$1" != - ]; do export "$1"; shift; done
+shift
+command -v "$1" >/dev/null || { echo "vmbuild: there is no program $1 in the guest" >&2; exit 127; }
+exec "$@"
+"""
+"""Its arguments: a folder, variables up to a dash, a program and what that is told."""
+
+
+def place_command(argv: Sequence[str], folder: str, variables: Sequence[str]) -> list[str]:
+    """Return an argv that runs another in a folder of the guest, with variables (KEY=VALUE) set."""
+    return ["sh", "-c", ENTER, "exec", folder, *variables, "-", *argv]
+
+
+def attach(session: Session, argv: Sequence[str], *, interactive: bool = True, has_terminal: bool | None = None) -> int:
     """Run a program, a shell by default, on this process's standard output; return its exit code.
 
     `interactive` passes standard input on. `has_terminal` gives it a terminal, None: where this process has one.
@@ -27,9 +41,7 @@ def attach(
     if is_on_one if has_terminal is None else has_terminal:
         size = shutil.get_terminal_size()
         with _raw(sys.stdin.fileno()) if interactive and is_on_one else nullcontext():
-            return session.run(
-                argv or SHELL, feed=feed, on_stdout=_write_stdout, terminal=(size.columns, size.lines)
-            )
+            return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, terminal=(size.columns, size.lines))
     return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, on_stderr=_write_stderr)
 
 
