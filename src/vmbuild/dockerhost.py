@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def reopen(files: MachineFiles, report: Reporter) -> None:
 
 def forget(files: MachineFiles) -> None:
     """Remove what lies outside the machine's folder."""
-    _alias(files).unlink(missing_ok=True)
+    with suppress(OSError):
+        _alias(files).unlink(missing_ok=True)
 
 
 def _ensure(files: MachineFiles, report: Reporter) -> Path:
@@ -121,7 +123,8 @@ def _reachable(files: MachineFiles) -> Path:
     alias = _alias(files)
     if not alias.is_symlink() or alias.readlink() != files.folder:
         with writing_in(alias.parent):
-            alias.parent.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                alias.parent.mkdir(mode=0o700)
             _check_private(alias.parent)
             alias.unlink(missing_ok=True)
             alias.symlink_to(files.folder)

@@ -15,10 +15,12 @@ from vmbuild.guest.session import CHUNK_BYTES, Session, Sink
 CARRY = ("socat", "-t", "1000000", "-", "UNIX-CONNECT:/run/docker.sock")
 """When one direction has ended the other goes on: an attached container still has things to say."""
 
+Wanted = Callable[[], bool]
+
 LOOK_EVERY_S = 1.0
 
 
-def serve(session: Session, path: Path, is_wanted: Callable[[], bool]) -> None:
+def serve(session: Session, path: Path, is_wanted: Wanted) -> None:
     """Listen on a Unix socket that only this user can open, and carry each connection, as long as it is wanted."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         path.unlink(missing_ok=True)
