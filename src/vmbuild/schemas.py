@@ -17,6 +17,7 @@ from vmbuild.cli.dockerhost import Environment
 from vmbuild.doctor import HostCheck
 from vmbuild.guest.resources import Usage
 from vmbuild.image.store import Check
+from vmbuild.machine.ports import Forward
 from vmbuild.machine.snapshot import Snapshot
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import BaseResult, BuildResult, Freed, GuestImage, MachineStatus
@@ -88,6 +89,7 @@ PRINTED: dict[str, tuple[int, Schema]] = {
     "list": (1, describe(list[MachineStatus])),
     "suspend": (1, describe(Suspension)),
     "env": (1, describe(Environment)),
+    "forward": (1, describe(list[Forward])),
     "images": (1, describe(list[ImageRow])),
     "images --snapshots": (1, describe(list[Snapshot])),
     "images snapshot": (1, describe(Snapshot)),

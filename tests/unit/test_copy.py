@@ -81,9 +81,9 @@ def make_cp(guest: Session, channel: Channel, monkeypatch: pytest.MonkeyPatch) -
 
     def cp(source: str | Path, target: str | Path, stdin: bytes = b"", stdout: io.BytesIO | None = None) -> Listener:
         report = Listener()
-        ends = [Place.parse(str(each), "box") for each in (source, target)]
+        begin, end = (Place.parse(str(each), "box") for each in (source, target))
         home = Home(Path("/"), Path("/"))
-        copy.copy(*ends, home, report, stdin=io.BytesIO(stdin), stdout=stdout or io.BytesIO())
+        copy.copy(begin, end, home, report, stdin=io.BytesIO(stdin), stdout=stdout or io.BytesIO())
         return report
 
     return cp
@@ -137,7 +137,7 @@ def test_a_folder_is_made_or_goes_into_one_or_fills_one(cp: Cp, way: str, tree: 
     (tmp_path / "filled" / "mine").write_text("mine")
     cp(f"{begin}{tree}/.", f"{end}{tmp_path}/filled")
     assert set(names(tmp_path / "filled")) == {"mine", *names(tree)}
-    assert os.readlink(tmp_path / "filled" / "link") == "sub/tool"
+    assert str((tmp_path / "filled" / "link").readlink()) == "sub/tool"
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
@@ -237,8 +237,9 @@ def test_a_guest_that_sends_nonsense_leaves_nothing(
 
 def test_a_guest_that_does_not_say_how_much_it_packed(tmp_path: Path) -> None:
     guest = FakeSession((("sh",), Reply(0)))
-    with pytest.raises(GuestError, match="how large"), copying.packed(
-        guest, make_channel(tmp_path / "d"), "/x", SilentReporter()
+    with (
+        pytest.raises(GuestError, match="how large"),
+        copying.packed(guest, make_channel(tmp_path / "d"), "/x", SilentReporter()),
     ):
         pass
 

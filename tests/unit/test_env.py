@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import termios
+import tty
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from vmbuild.dockerhost import DockerHost
 from vmbuild.guest import terminal
 
 Record = list[tuple[tuple[Any, ...], dict[str, Any]]]
-NASTY = "/tmp/it's a $HOME `x` \\n\"q\"/docker.sock"
+NASTY = '/tmp/it\'s a $HOME `x` \\n"q"/docker.sock'
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +135,9 @@ def test_exec_says_what_it_passes_on(ran: Record) -> None:
     ]
 
 
-@pytest.mark.parametrize("argv", [["exec"], ["exec", "-e", "a b=c", "x"], ["exec", "-e", "=c", "x"], ["exec", "-e", "1a", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["exec"], ["exec", "-e", "a b=c", "x"], ["exec", "-e", "=c", "x"], ["exec", "-e", "1a", "x"]]
+)
 def test_exec_refuses_what_makes_no_sense(ran: Record, argv: list[str]) -> None:
     assert run(argv) == 2
     assert ran == []
@@ -181,9 +185,9 @@ def attach(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, **options: Any) -
 
     monkeypatch.setattr("sys.stdin", Stdin())
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
-    monkeypatch.setattr(terminal.tty, "setraw", lambda _: None)
-    monkeypatch.setattr(terminal.termios, "tcgetattr", lambda _: [])
-    monkeypatch.setattr(terminal.termios, "tcsetattr", lambda *_: None)
+    monkeypatch.setattr(tty, "setraw", lambda _: None)
+    monkeypatch.setattr(termios, "tcgetattr", lambda _: [])
+    monkeypatch.setattr(termios, "tcsetattr", lambda *_: None)
     session = FakeSession((("x",), Reply()))
     terminal.attach(session, ["x"], **options)
     os.close(reader)

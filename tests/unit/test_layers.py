@@ -49,6 +49,7 @@ MACHINE = {
     "snapshot",
     "suspension",
     "resources",
+    "ports",
     "lifetime",
 }
 GUEST = {
@@ -72,7 +73,7 @@ GUEST = {
     "archive",
     "oci",
     "bases",
-    *("forward", "relay", "extract", "copying"),
+    *("forward", "relay", "extract", "copying", "published"),
 }
 COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
 
@@ -121,6 +122,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine.login": GROUND | {"machine.qmp", "machine.serial"},
     "machine.control": GROUND | {"machine.files", "machine.serial"},
     "machine.migration": GROUND | {"machine.qmp"},
+    "machine.ports": GROUND | {"machine.files", "machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.sparse": GROUND,
     "machine.sealed": GROUND,
@@ -152,6 +154,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.forward": GROUND,
     "guest.relay": GROUND | {"guest.session"},
     "guest.extract": GROUND,
+    "guest.published": GROUND,
     "guest.copying": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "extract", "transfer")},
     "settle": GROUND
     | {"image.catalog", "image.given"}
@@ -162,6 +165,10 @@ ALLOWED: dict[str, set[str]] = {
     "dockerhost": GROUND
     | {"process", "reach", "guest.forward", "guest.relay"}
     | {f"machine.{name}" for name in ("facts", "files", "lifetime")},
+    "ports": GROUND
+    | {"dockerhost", "reach", "guest.published"}
+    | {f"machine.{name}" for name in ("files", "lifetime")}
+    | {"machine.ports"},
     "copy": GROUND | {"reach"} | {f"guest.{name}" for name in ("session", "channel", "copying", "extract")},
     "provision": GROUND
     | {"process", "reach", "image.cloud", "image.mirrors", "image.store"}
@@ -198,10 +205,10 @@ ALLOWED: dict[str, set[str]] = {
     "ui": GROUND,
     "schemas": GROUND
     | {"doctor", "stock", "watch", "cli.dockerhost", "guest.resources", "image.store"}
-    | {"machine.snapshot", "machine.suspension"},
+    | {"machine.ports", "machine.snapshot", "machine.suspension"},
     "cli.completion": {"errors", "model", "settings", "image.catalog"},
     "cli.options": {"errors", "settings", "cli.completion"},
-    "cli.dockerhost": {"ui", "cli.options", "dockerhost", "operate"},
+    "cli.dockerhost": {"errors", "ui", "cli.options", "dockerhost", "operate", "ports"},
     "cli.inside": {"errors", "ui", "cli.completion", "cli.options", "copy", "operate"},
     "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "build", "follow", "guard"}
     | {"carry"},
@@ -222,7 +229,14 @@ DOORS = {
     "qemu": {"machine.qmp"},
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
-    "click": {"settings", "cli.completion", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
+    "click": {
+        "settings",
+        "cli.completion",
+        "cli.options",
+        "cli.app",
+        "cli.program",
+        *(f"cli.{name}" for name in COMMANDS),
+    },
     "cryptography": {"guest.keys"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},

@@ -13,13 +13,14 @@ import click
 import jsonschema
 import pytest
 
-from vmbuild import build, carry, dockerhost, follow, operate, schemas, start, stock, watch
+from vmbuild import build, carry, dockerhost, follow, operate, ports, schemas, start, stock, watch
 from vmbuild.cli.app import app
 from vmbuild.cli.program import run
 from vmbuild.dockerhost import DockerHost
 from vmbuild.guest.resources import Usage
 from vmbuild.image.store import Check
 from vmbuild.machine.facts import Facts
+from vmbuild.machine.ports import Forward
 from vmbuild.machine.snapshot import Snapshot
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import (
@@ -65,6 +66,7 @@ CASES: tuple[Case, ...] = (
     ("suspend", ["suspend"], carry, "suspend", SUSPENDED),
     ("env", ["env"], dockerhost, "open_socket", DockerHost("m", PLACE)),
     ("env", ["env", "--unset"], dockerhost, "forget", None),
+    ("forward", ["forward"], ports, "list_forwards", [Forward(8080, 80)]),
     ("images", ["images"], stock, "nothing", None),
     ("images --snapshots", ["images", "--snapshots"], stock, "list_snapshots", [SNAPSHOT]),
     ("images snapshot", ["images", "snapshot"], stock, "make_snapshot", SNAPSHOT),

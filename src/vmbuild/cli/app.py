@@ -13,7 +13,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(machine.up, build.build_command, build.attach, build.resume, build.base),
     *(machine.status, top.top, machine.resize, machine.trim, machine.list_command),
     *(machine.ssh, machine.console, machine.logs, machine.down, machine.suspend, machine.destroy),
-    *(dockerhost.env, dockerhost.docker, inside.exec_command, inside.shell, inside.cp),
+    *(dockerhost.env, dockerhost.docker, dockerhost.forward, inside.exec_command, inside.shell, inside.cp),
     *(cache.images, cache.prune, host.doctor, host.config, host.completion_command),
 )
 """In the order in which people meet them."""

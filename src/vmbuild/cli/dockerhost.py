@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from vmbuild.cli.options import as_json, name_argument, name_option, read_settings
+from vmbuild.errors import UsageError
 
 GUEST_SOCKET = "/var/run/docker.sock"
 CONTRADICTING = ("DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_API_VERSION")
@@ -120,3 +122,31 @@ def docker(args: Sequence[str], **flags: Any) -> None:
 
     found = read_settings(flags)
     sys.exit(operate.run_in_guest(found["name"], ["docker", *args], found.home()))
+
+
+@click.command()
+@click.argument("wanted", metavar="[[HOST:]PORT]...", nargs=-1)
+@click.option("--remove", is_flag=True, help="Forward these no more.")
+@click.option("--containers", is_flag=True, help="Forward what containers publish, as they come and go, until Ctrl-C.")
+@name_option
+@as_json
+def forward(wanted: Sequence[str], remove: bool, containers: bool, as_json: bool, **flags: Any) -> None:
+    """Forward ports of 127.0.0.1 on this host to the guest until the machine ends; list them without any."""
+    from vmbuild import ports, ui
+
+    if (containers and (wanted or remove or as_json)) or (remove and not wanted):
+        raise UsageError("--containers stands alone, and --remove before ports")
+    found = read_settings(flags)
+    name, home = found["name"], found.home()
+    asked = [ports.parse_forward(each) for each in wanted]
+    if containers:
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how one leaves it
+            ports.follow_containers(name, home, ui.TerminalReporter())
+        return
+    if asked:
+        (ports.remove if remove else ports.forward)(name, home, asked)
+    rows = ports.list_forwards(name, home)
+    if as_json:
+        ui.print_json(rows)
+    else:
+        ui.print_table(("host", "guest"), [(f"127.0.0.1:{row.host_port}", row.guest_port) for row in rows])

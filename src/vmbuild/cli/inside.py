@@ -13,6 +13,7 @@ from vmbuild.cli.completion import complete_places
 from vmbuild.cli.options import name_argument, name_option, read_settings
 from vmbuild.errors import UsageError
 
+
 @click.command("exec", context_settings={"allow_interspersed_args": False})
 @name_option
 @click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from vmbuild.errors import GuestError
 from vmbuild.model import MIB
@@ -56,7 +56,7 @@ def extract(stream: Stream, folder: Path) -> Left:
         try:
             with _blaming_guest(), tarfile.open(fileobj=cast(BinaryIO, stream), mode="r|", tarinfo=_Header) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # else it remembers every file
+                    cast(Any, tar).members.clear()  # else it remembers every file
                     work.take(tar, member)
             work.make_links()
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:

@@ -61,7 +61,7 @@ def test_files_folders_and_links_come_as_they_are(folder: Path) -> None:
     assert (folder / "a/tool").read_bytes() == b"data"
     assert (folder / "a/tool").stat().st_mtime == 1_000_000_000
     assert os.access(folder / "a/tool", os.X_OK)
-    assert [os.readlink(folder / name) for name in ("a/link", "up", "a/back")] == ["tool", "a/tool", "../a/tool"]
+    assert [str((folder / name).readlink()) for name in ("a/link", "up", "a/back")] == ["tool", "a/tool", "../a/tool"]
     assert (folder / "hard").samefile(folder / "a/tool")
     assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o700
 

@@ -72,9 +72,13 @@ def test_many_at_once_do_not_mix(path: Path) -> None:
     words = [os.urandom(MIB) for _ in range(4)]
     heard: dict[int, bytes] = {}
 
+    def say(client: socket.socket, number: int) -> None:
+        client.sendall(words[number])
+        client.shutdown(socket.SHUT_WR)
+
     def talk(number: int) -> None:
         with open_client(path) as client:
-            sender = threading.Thread(target=lambda: (client.sendall(words[number]), client.shutdown(socket.SHUT_WR)))
+            sender = threading.Thread(target=say, args=(client, number))
             sender.start()
             heard[number] = read_all(client)
             sender.join()
