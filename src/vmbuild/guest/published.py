@@ -20,8 +20,8 @@ EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event": 
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("docker", timeout=ANSWER_S)
+    def __init__(self, path: Path, timeout_s: float | None = ANSWER_S) -> None:
+        super().__init__("docker", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
@@ -56,11 +56,10 @@ def watch_published(path: Path) -> Iterator[set[int]]:
 
     Raises GuestError when it cannot be asked.
     """
-    connection = _Connection(path)
+    connection = _Connection(path, None)  # it may be long until something happens
     try:
         connection.request("GET", EVENTS)
         events = connection.getresponse()  # it listens from here on: nothing that starts now is missed
-        connection.sock.settimeout(None)
         yield read_published(path)
         while events.readline(MAX_ANSWER):
             yield read_published(path)
