@@ -25,6 +25,7 @@ from vmbuild import schemas
 pytestmark = pytest.mark.machine
 
 IMAGE = "tiny:1"
+BUSYBOX = "/bin/busybox"
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 
 
@@ -46,7 +47,7 @@ def run_docker(env: dict[str, str], *args: str, stdin: bytes = b"") -> bytes:
 
 def serve_in_container(env: dict[str, str], port: int) -> str:
     """Start a container with a small server in it, published at a port; return its id."""
-    script = "while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nfrom the guest' | /bin/busybox nc -l -p 80; done"
+    script = f"while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nfrom the guest' | {BUSYBOX} nc -l -p 80; done"
     return run_docker(env, "run", "-d", "-p", f"{port}:80", IMAGE, "sh", "-c", script).decode().strip()
 
 
@@ -93,14 +94,14 @@ def test_docker_py_is_a_client_too(env: dict[str, str]) -> None:
 
 
 def test_the_guests_own_client_on_pipes(machine: Cli, env: dict[str, str]) -> None:
-    done = machine.run("docker", "--", "run", "--rm", "-i", IMAGE, "sh", "-c", "cat; exit 7", stdin=b"in\n")
+    done = machine.run("docker", "--", "run", "--rm", "-i", IMAGE, "sh", "-c", f"{BUSYBOX} cat; exit 7", stdin=b"in\n")
     assert (done.code, done.out) == (7, b"in\n")
 
 
 def test_the_guests_own_client_on_a_terminal(machine: Cli, env: dict[str, str]) -> None:
     with on_terminal(machine, f"vmbuild docker -- run --rm -it {IMAGE} sh; echo code=$?") as terminal:
         terminal.expect("#")
-        terminal.send(b"tty; echo size=$(stty size)\r")
+        terminal.send(f"{BUSYBOX} tty; echo size=$({BUSYBOX} stty size)\r".encode())
         terminal.expect("/dev/pts")
         terminal.expect("size=30 100")
         terminal.send(b"exit 9\r")
@@ -202,8 +203,10 @@ def test_without_openssh_it_is_slower_and_works(machine: Cli, env: dict[str, str
 
 @pytest.mark.parametrize(
     "argv",
-    ["up", "status", "list", "top -n 1", "trim", "env", "env --unset", "forward", "images", "images --snapshots"]
-    + ["images fetch", "config", "doctor"],
+    [
+        *("up", "status", "list", "top -n 1", "trim", "env", "env --unset", "forward"),
+        *("images", "images --snapshots", "images fetch", "config", "doctor"),
+    ],
 )
 def test_facts_are_what_their_schema_says(machine: Cli, argv: str) -> None:
     told = json.loads(machine.run(*argv.split(), "--json").out)
@@ -218,7 +221,7 @@ def test_the_socket_goes_with_the_machine_and_comes_back_with_it(machine: Cli, e
     for end in ("suspend", "down"):
         machine.ok(end)
         assert not path.exists()
-        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "its program has ended", 10)  # type: ignore[misc]
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "its program has ended", 10)
         assert machine.run("env").code == (75 if end == "suspend" else 5)
         machine.ok("up")
         assert run_docker(env, "version", "--format", "{{.Server.Arch}}").strip() == b"arm64"
