@@ -174,6 +174,14 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert names(tmp_path) == before
 
 
+def test_a_name_that_looks_like_an_option_is_none(cp: Cp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-rf").write_text("kept")
+    cp(":-rf", "./out")
+    cp("./out", ":-n")
+    assert Path("-n").read_text() == Path("out").read_text() == "kept"
+
+
 def test_a_tar_stream_goes_in_and_comes_out(cp: Cp, tree: Path, tmp_path: Path) -> None:
     stdout = io.BytesIO()
     cp(f":{tree}/sub", "-", stdout=stdout)

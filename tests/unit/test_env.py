@@ -82,12 +82,14 @@ def test_the_words_of_each_shell(capsys: pytest.CaptureFixture[str], monkeypatch
         "unset DOCKER_CONTEXT",
         "export DOCKER_HOST=unix:///r/d.sock",
         "export TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE=/var/run/docker.sock",
+        "export TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1",
         '# eval "$(vmbuild env)"',
     ]
     assert printed(capsys, "--shell", "fish", "box").splitlines() == [
         "set -e DOCKER_CONTEXT;",
         "set -gx DOCKER_HOST 'unix:///r/d.sock';",
         "set -gx TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE '/var/run/docker.sock';",
+        "set -gx TESTCONTAINERS_HOST_OVERRIDE '127.0.0.1';",
         "# vmbuild env box | source",
     ]
     assert printed(capsys, "--shell", "powershell").splitlines()[:2] == [

@@ -68,9 +68,14 @@ class Environment:
 def variables(socket: Path) -> dict[str, str]:
     """Return what makes Docker's clients use a socket.
 
-    Testcontainers mounts Docker's socket into a container of its own: there it is where the guest has it.
+    Testcontainers mounts Docker's socket into a container of its own: there it is where the guest has it. Ports of
+    containers are where `vmbuild forward` opens them.
     """
-    return {"DOCKER_HOST": f"unix://{socket}", "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": GUEST_SOCKET}
+    return {
+        "DOCKER_HOST": f"unix://{socket}",
+        "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": GUEST_SOCKET,
+        "TESTCONTAINERS_HOST_OVERRIDE": "127.0.0.1",
+    }
 
 
 @click.command()

@@ -27,16 +27,16 @@ WINDOW_BYTES = 8 * 1024 * 1024
 LOOK = """
 if [ -d "$1" ]; then echo folder
 elif [ -e "$1" ]; then echo file
-elif [ -d "$(dirname -- "$1")" ]; then echo free
+elif [ -d "$(dirname "$1")" ]; then echo free
 else echo nowhere
 fi
 """
 
 # What is named is followed when it is a link; links in it stay links.
 ENTER = """
-path=$(realpath -- "$1") || exit 8
-if [ -d "$path" ]; then cd -- "$path" && name=.
-else cd -- "$(dirname -- "$path")" && name=./$(basename -- "$path")
+path=$(realpath "$1") || exit 8
+if [ -d "$path" ]; then cd "$path" && name=.
+else cd "$(dirname "$path")" && name=./$(basename "$path")
 fi || exit 8
 """
 PACK = f"LC_ALL=C {transfer.TAR} -c --format=gnu --numeric-owner --warning=no-file-changed"
@@ -56,7 +56,12 @@ _TOTAL = re.compile(rb"Total bytes written: (\d+)")
 
 def look(session: Session, path: str) -> str:
     """Return what is at a path of the guest: `folder`, `file`, `free` (nothing, in a folder) or `nowhere`."""
-    return capture(session, ["sh", "-c", LOOK, "look", path]).strip()
+    return capture(session, ["sh", "-c", LOOK, "look", _no_option(path)]).strip()
+
+
+def _no_option(path: str) -> str:
+    """Return a path that no program takes for an option: busybox's do not all know `--`."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def packed(session: Session, channel_: Channel, path: str, report: Reporter) -> 
 def _pack_to_drive(session: Session, path: str) -> int | None:
     """Have a path packed onto the outbox; return the bytes of it, None where the guest has no such drive."""
     words = bytearray()
-    code = session.run(["sh", "-c", PACK_TO_DRIVE, "pack", path], on_stderr=words.extend)
+    code = session.run(["sh", "-c", PACK_TO_DRIVE, "pack", _no_option(path)], on_stderr=words.extend)
     if code == channel.NO_DRIVE:
         return None
     _check(code, path, words)
@@ -172,7 +177,7 @@ def _pack_to_file(session: Session, path: str, file: IO[bytes], meter: Meter) ->
         file.write(data)
         meter.advance(len(data))
 
-    code = session.run(["sh", "-c", PACK_TO_PIPE, "pack", path], on_stdout=take, on_stderr=words.extend)
+    code = session.run(["sh", "-c", PACK_TO_PIPE, "pack", _no_option(path)], on_stdout=take, on_stderr=words.extend)
     _check(2 if b"Exiting with failure" in words else code, path, words)  # the code is the last one's of the pipe
 
 
