@@ -12,8 +12,24 @@ from pathlib import Path
 from vmbuild.errors import GuestError
 from vmbuild.guest.session import CHUNK_BYTES, Session, Sink
 
-CARRY = ("socat", "-t", "1000000", "-", "UNIX-CONNECT:/run/docker.sock")
-"""When one direction has ended the other goes on: an attached container still has things to say."""
+# Who has said all may still hear much, as of a container that is attached to; when Docker has, it is over. socat knows
+# one time for both.
+SCRIPT = r"""
+use Socket;
+socket(my $docker, PF_UNIX, SOCK_STREAM, 0) || die "socket: $!\n";
+connect($docker, sockaddr_un($ARGV[0])) || die "$ARGV[0]: $!\n";
+sub carry {
+    my ($from, $to) = @_;
+    while (sysread($from, my $data, 65536)) {
+        while (length $data) { substr($data, 0, syswrite($to, $data) // return) = "" }
+    }
+}
+my $other = fork // die "fork: $!\n";
+if (!$other) { carry(\*STDIN, $docker); shutdown($docker, 1); exit }
+carry($docker, \*STDOUT);
+kill "TERM", $other;
+"""
+CARRY = ("perl", "-e", SCRIPT, "/run/docker.sock")
 
 Wanted = Callable[[], bool]
 

@@ -18,6 +18,9 @@ from vmbuild.guest.ssh import SshSession
 from vmbuild.model import MIB
 
 
+relay_argv = relay.CARRY
+
+
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A socket that is carried to `cat` in the guest."""
@@ -97,6 +100,37 @@ def test_one_that_leaves_costs_the_others_nothing(path: Path) -> None:
     with open_client(path) as client:
         client.sendall(b"still")
         assert client.recv(5) == b"still"
+
+
+@pytest.mark.parametrize("is_patient", [True, False])
+def test_who_hears_the_end_need_not_say_all(path: Path, monkeypatch: pytest.MonkeyPatch, is_patient: bool) -> None:
+    """As Docker's clients do: one waits for the end of an answer, the other for one after its own end."""
+    docker = path.with_name("guest.sock")
+    monkeypatch.setattr(relay, "CARRY", (*relay_argv[:-1], str(docker)))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(docker))
+        listener.listen()
+
+        def answer() -> None:
+            served, _ = listener.accept()
+            with served:
+                asked = read_all(served) if is_patient else served.recv(100)
+                served.sendall(b"heard " + asked)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with open_client(path) as client:
+            client.sendall(b"ping")
+            if is_patient:
+                client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b"heard ping"
+        thread.join(10)
+
+
+def test_a_docker_that_is_not_there_ends_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "CARRY", (*relay_argv[:-1], "/nothing"))
+    with open_client(path) as client:
+        assert read_all(client) == b""
 
 
 def test_a_program_that_ends_ends_its_connection(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
