@@ -34,7 +34,7 @@ def env(machine: Cli) -> dict[str, str]:
     """The environment of a shell that has evaluated `vmbuild env`, a small image in the machine's Docker."""
     told = machine.ok("env", "--json").json()
     env = {**os.environ, **told["environment"]}
-    machine.guest(f"tar -C / -c bin/busybox | docker import -q -c 'ENTRYPOINT [\"/bin/busybox\"]' - {IMAGE}")
+    machine.guest(f"tar -C / -c bin/busybox | docker import -c 'ENTRYPOINT [\"/bin/busybox\"]' - {IMAGE}")
     return env
 
 

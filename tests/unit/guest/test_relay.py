@@ -17,7 +17,6 @@ from vmbuild.guest import forward, relay
 from vmbuild.guest.ssh import SshSession
 from vmbuild.model import MIB
 
-
 relay_argv = relay.CARRY
 
 
