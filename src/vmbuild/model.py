@@ -233,7 +233,7 @@ class GuestImage:
 
 @dataclass(frozen=True)
 class Freed:
-    """Something that was deleted from the cache: what it was (`guest image`, `snapshot`, `downloads`) and its size."""
+    """Space that the host has back: of what (`guest image`, `snapshot`, `downloads`, a machine's `disk`), and bytes."""
 
     what: str
     name: str

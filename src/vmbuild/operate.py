@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+from vmbuild import dockerhost
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError, SuspendedError, UsageError
 from vmbuild.guest import ready, resources, terminal
@@ -39,10 +40,20 @@ def up(request: MachineRequest, home: Home, report: Reporter) -> MachineStatus:
         return status(request.name, home)
 
 
-def run_in_guest(name: str, argv: Sequence[str], home: Home) -> int:
-    """Run a command in the guest on this process's terminal or pipes, or a shell; return its exit code."""
+def run_in_guest(
+    name: str, argv: Sequence[str], home: Home, *, interactive: bool = True, has_terminal: bool | None = None
+) -> int:
+    """Run a command in the guest on this process's terminal or pipes, or a shell; return its exit code.
+
+    `has_terminal` gives it a terminal, None: where this process has one; `interactive` passes standard input on.
+    """
     with running_session(name, home) as session:
-        return terminal.attach(session, argv)
+        return terminal.attach(session, argv, interactive=interactive, has_terminal=has_terminal)
+
+
+def place_command(argv: Sequence[str], folder: str, variables: Sequence[str]) -> list[str]:
+    """Return an argv that runs another in a folder of the guest, with variables (KEY=VALUE) set."""
+    return terminal.place_command(argv, folder, variables)
 
 
 def down(name: str, home: Home, report: Reporter) -> bool:
@@ -103,6 +114,7 @@ def destroy(name: str, home: Home, report: Reporter) -> bool:
             return False
         report.step(f"Destroying the machine {name}")
         lifetime.stop(files, Deadline.after(0))
+        dockerhost.forget(files)
         lifetime.destroy(files)
     return True
 

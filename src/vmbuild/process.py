@@ -53,6 +53,11 @@ def find_program(name: str) -> str:
     return path
 
 
+def has_program(name: str) -> bool:
+    """Tell whether a program is on PATH."""
+    return shutil.which(name) is not None
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -117,9 +122,9 @@ def feed(argv: Sequence[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def starting(
-    argv: Sequence[str], *, cwd: Path, log: Path, env: Mapping[str, str] | None = None
+    argv: Sequence[str], *, cwd: Path, log: Path, env: Mapping[str, str] | None = None, pid_file: Path | None = None
 ) -> Iterator[Callable[[], int | None]]:
-    """Start a program that outlives this process and its terminal, its output in `log`.
+    """Start a program that outlives this process and its terminal, its output in `log`, its id in `pid_file`.
 
     Yield a function that tells its exit code, None while it runs. When the block, in which it is seen to work, is left
     by an exception, Ctrl-C included, the program is ended. Raises HostError when it is missing.
@@ -131,6 +136,8 @@ def starting(
             program = subprocess.Popen(
                 argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
+        if pid_file is not None:
+            pid_file.write_text(f"{program.pid}\n")
         yield program.poll
     except BaseException:
         if program is not None and program.poll() is None:

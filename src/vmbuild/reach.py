@@ -32,10 +32,11 @@ def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Ses
 
 def connect(files: MachineFiles, limit: Deadline) -> Session:
     """Return a session in a machine's guest. Raises GuestError or MachineError."""
-    return ssh.SshSession.connect(_endpoint(files), limit, lambda: lifetime.check_running(files))
+    return ssh.SshSession.connect(endpoint_of(files), limit, lambda: lifetime.check_running(files))
 
 
-def _endpoint(files: MachineFiles) -> Endpoint:
+def endpoint_of(files: MachineFiles) -> Endpoint:
+    """Return where a machine's guest listens. Raises MachineError when it does not."""
     now = lifetime.status(files)
     if now.ssh_port is None:
         raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")

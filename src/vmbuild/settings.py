@@ -350,14 +350,17 @@ def _choose(
         ) from error
 
 
-def machine_options(*keys: str) -> Callable[[F], F]:
-    """Return a decorator that gives a click command the options of these keys."""
+def machine_options(*keys: str, completers: Mapping[str, Any] | None = None) -> Callable[[F], F]:
+    """Return a decorator that gives a click command the options of these keys, and what completes their values."""
+    complete = (completers or {}).get
 
     def decorate(command: F) -> F:
         for key in reversed(keys):
             setting = BY_KEY[key]
             text = f"{setting.help} [{setting.env}; default: {setting.default_text}]"
-            command = click.option(setting.flag, setting.key, metavar=setting.metavar, help=text)(command)
+            names = (setting.flag, setting.key)
+            option = click.option(*names, metavar=setting.metavar, help=text, shell_complete=complete(setting.key))
+            command = option(command)
         return command
 
     return decorate

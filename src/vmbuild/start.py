@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from vmbuild import passing, process, provision, record, settle
+from vmbuild import dockerhost, passing, process, provision, record, settle
 from vmbuild.address import is_place
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
@@ -57,6 +57,8 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
         # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
         session = _first_session(request, files, home, report)
     try:
+        if session is not None:
+            dockerhost.reopen(files, report)
         session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
         clock.set_clock(session, time.time())
         with lifetime.lock(files, report):

@@ -158,6 +158,11 @@ def print_json_line(value: Any) -> None:
     _print_out(json.dumps(to_data(value), separators=(",", ":"), default=str))
 
 
+def print_text(text: str) -> None:
+    """Print text on standard output as it is, for a program to read."""
+    _print_out(text)
+
+
 def _print_out(line: str) -> None:
     with _blaming_stdout():
         sys.stdout.write(line + "\n")

@@ -49,6 +49,7 @@ MACHINE = {
     "snapshot",
     "suspension",
     "resources",
+    "ports",
     "lifetime",
 }
 GUEST = {
@@ -73,8 +74,9 @@ GUEST = {
     "oci",
     "bases",
     "passed",
+    *("forward", "relay", "extract", "copying", "published"),
 }
-COMMANDS = {"build", "machine", "top", "cache", "host"}
+COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -121,6 +123,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine.login": GROUND | {"machine.qmp", "machine.serial"},
     "machine.control": GROUND | {"machine.files", "machine.serial"},
     "machine.migration": GROUND | {"machine.qmp"},
+    "machine.ports": GROUND | {"machine.files", "machine.qmp"},
     "machine.resources": GROUND | {"machine.files", "machine.qmp"},
     "machine.sparse": GROUND,
     "machine.sealed": GROUND,
@@ -149,6 +152,11 @@ ALLOWED: dict[str, set[str]] = {
     "guest.oci": GROUND | {"guest.session"},
     "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
+    "guest.forward": GROUND,
+    "guest.relay": GROUND | {"guest.session"},
+    "guest.extract": GROUND,
+    "guest.published": GROUND,
+    "guest.copying": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "extract", "transfer")},
     "settle": GROUND
     | {"image.catalog", "image.given"}
     | {f"machine.{name}" for name in ("argv", "facts", "files", "lifetime")},
@@ -161,12 +169,20 @@ ALLOWED: dict[str, set[str]] = {
     "passing": GROUND
     | {"authorities", "logins", "image.http"}
     | {f"guest.{name}" for name in ("context", "passed", "seed", "session")},
+    "dockerhost": GROUND
+    | {"process", "reach", "guest.forward", "guest.relay"}
+    | {f"machine.{name}" for name in ("facts", "files", "lifetime")},
+    "ports": GROUND
+    | {"dockerhost", "reach", "guest.published"}
+    | {f"machine.{name}" for name in ("files", "lifetime")}
+    | {"machine.ports"},
+    "copy": GROUND | {"reach"} | {f"guest.{name}" for name in ("session", "channel", "copying", "extract")},
     "provision": GROUND
     | {"passing", "process", "reach", "image.cloud", "image.mirrors", "image.store"}
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "session")},
     "start": GROUND
-    | {"passing", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
+    | {"dockerhost", "passing", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
@@ -178,7 +194,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
     | {"guest.transfer"},
     "operate": GROUND
-    | {"start", "reach"}
+    | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
@@ -195,12 +211,19 @@ ALLOWED: dict[str, set[str]] = {
     "networks": GROUND,
     "settings": GROUND | {"networks"},
     "ui": GROUND,
-    "cli.options": {"errors", "settings"},
-    "cli.build": {"errors", "model", "settings", "ui", "cli.options", "build", "follow", "guard", "carry"},
+    "schemas": GROUND
+    | {"doctor", "stock", "watch", "cli.dockerhost", "guest.resources", "image.store"}
+    | {"machine.ports", "machine.snapshot", "machine.suspension"},
+    "cli.completion": {"errors", "model", "settings", "image.catalog"},
+    "cli.options": {"errors", "settings", "cli.completion"},
+    "cli.dockerhost": {"errors", "ui", "cli.options", "dockerhost", "operate", "ports"},
+    "cli.inside": {"errors", "ui", "cli.completion", "cli.options", "copy", "operate"},
+    "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "build", "follow", "guard"}
+    | {"carry"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
-    "cli.top": {"errors", "model", "ui", "cli.options", "watch"},
-    "cli.cache": {"errors", "model", "settings", "ui", "cli.options", "start", "stock", "machine.snapshot"},
-    "cli.host": {"errors", "settings", "ui", "cli.options", "doctor"},
+    "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
+    "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},
+    "cli.host": {"errors", "settings", "ui", "cli.completion", "cli.options", "doctor"},
     "cli.app": {"errors", "cli.options", *(f"cli.{name}" for name in COMMANDS)},
     "cli.program": {"errors", "ui", "cli.app"},
     "__main__": {"cli.program"},
@@ -214,14 +237,21 @@ DOORS = {
     "qemu": {"machine.qmp"},
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
-    "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
+    "click": {
+        "settings",
+        "cli.completion",
+        "cli.options",
+        "cli.app",
+        "cli.program",
+        *(f"cli.{name}" for name in COMMANDS),
+    },
     "cryptography": {"authorities", "guest.keys"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},
 }
 """A foreign package, and the modules that may import it."""
 
-SPEAKERS = {"ui", "cli.machine", "cli.program"}
+SPEAKERS = {"ui", "cli.dockerhost", "cli.inside", "cli.machine", "cli.program"}
 SAY_OR_END = ("print", "exit", "quit", "sys.exit", "os._exit", "SystemExit")
 START = ("os.system", "os.popen", "os.fork", "os.execv", "os.posix_spawn", "pty.spawn")
 HIDE = ("__import__", "import_module", "importlib.import_module")

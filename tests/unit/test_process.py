@@ -171,3 +171,18 @@ def test_a_programs_name_is_not_mistaken_for_its_facts(tmp_path: Path) -> None:
 )
 def test_cpu_time_as_ps_writes_it(text: str, seconds: float) -> None:
     assert process.parse_cpu_time(text) == pytest.approx(seconds)
+
+
+def test_a_program_that_is_started_leaves_its_id(tmp_path: Path) -> None:
+    with process.starting(["sleep", "60"], cwd=tmp_path, log=tmp_path / "log", pid_file=tmp_path / "pid") as exit_code:
+        pid = int((tmp_path / "pid").read_text())
+        assert process.command_line(pid) == "sleep 60" or process.is_alive(pid)
+        assert exit_code() is None
+    process.stop(pid)
+    assert not process.is_alive(pid)
+
+
+def test_a_program_is_looked_for_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert process.has_program("sh")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not process.has_program("sh")

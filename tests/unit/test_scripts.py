@@ -223,6 +223,21 @@ def test_what_a_package_manager_does_not_have_is_passed_over(host: Host, manager
     assert host.log == []
 
 
+@pytest.mark.parametrize(
+    ("release", "package"),
+    [
+        ("ID=debian\nVERSION_ID=12\n", "docker.io"),
+        ("ID=debian\nVERSION_ID=13\n", "docker-cli"),
+        ('ID=ubuntu\nVERSION_ID="24.04"\n', "docker.io"),
+    ],
+)
+def test_dockers_client_is_where_the_distribution_has_it(host: Host, release: str, package: str) -> None:
+    (host.folder / "os-release").write_text(release)
+    host.has("apt-get")
+    assert host.install("no-docker=docker-cli").returncode == 0
+    assert host.log[-1].endswith(f" {package}")
+
+
 def test_a_program_can_want_several_packages(host: Host) -> None:
     host.has("apt-get")
     assert host.install("no-cc=gcc-arm-linux-gnueabihf libc6-dev-armhf-cross").returncode == 0

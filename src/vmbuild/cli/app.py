@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vmbuild.cli import build, cache, host, machine, top
+from vmbuild.cli import build, cache, dockerhost, host, inside, machine, top
 from vmbuild.cli.options import Group
 from vmbuild.errors import EXIT_CODES
 
@@ -13,7 +13,8 @@ COMMANDS: tuple[click.Command, ...] = (
     *(machine.up, build.build_command, build.attach, build.resume, build.base),
     *(machine.status, top.top, machine.resize, machine.trim, machine.list_command),
     *(machine.ssh, machine.console, machine.logs, machine.down, machine.suspend, machine.destroy),
-    *(cache.images, cache.prune, host.doctor, host.config),
+    *(dockerhost.env, dockerhost.docker, dockerhost.forward, inside.exec_command, inside.shell, inside.cp),
+    *(cache.images, cache.prune, host.doctor, host.config, host.completion_command),
 )
 """In the order in which people meet them."""
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import click
 
-from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options
+from vmbuild.cli.completion import complete_platforms
+from vmbuild.cli.options import as_json, machine_options, name_argument, name_option, read_settings, start_options
 from vmbuild.errors import UsageError
 from vmbuild.model import BuildRequest, BuildResult, format_size, parse_platforms
-from vmbuild.settings import BUILD_LIMITS, Settings, machine_options
+from vmbuild.settings import BUILD_LIMITS, Settings
 
 if TYPE_CHECKING:
     from vmbuild.guard import Limits
@@ -33,6 +34,7 @@ def platform_option(text: str) -> Callable[[F], F]:
     return click.option(
         *("--platform", "platforms"),
         metavar="PLATFORM[,...]",
+        shell_complete=complete_platforms,
         callback=lambda _context, _option, value: parse_platforms(value) if value is not None else (),
         help=f"{text} [default: the machine's own]",
     )

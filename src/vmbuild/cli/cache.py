@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmbuild.cli.options import Group, as_json, read_settings
+from vmbuild.cli.options import Group, as_json, machine_options, read_settings
 from vmbuild.errors import GuestImageError, UsageError
 from vmbuild.model import format_size
-from vmbuild.settings import machine_options
 
 if TYPE_CHECKING:
     from vmbuild.machine.snapshot import Snapshot

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from vmbuild.cli import completion
 from vmbuild.cli.options import as_json, read_settings, start_options
 from vmbuild.errors import HostError
 from vmbuild.settings import show
@@ -40,3 +41,13 @@ def config(as_json: bool, **flags: Any) -> None:
         ui.print_json({key: {"value": value.value, "origin": value.origin} for key, value in found.items()})
     else:
         ui.print_table(("setting", "value", "from"), [(key, show(v, key), v.origin) for key, v in found.items()])
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(completion.SHELLS))
+@click.pass_context
+def completion_command(ctx: click.Context, shell: str) -> None:
+    """Print what makes a shell complete vmbuild's command lines, for its start-up file."""
+    from vmbuild import ui
+
+    ui.print_text(completion.script(shell, ctx.find_root().command))

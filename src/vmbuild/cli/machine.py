@@ -10,7 +10,7 @@ import click
 
 from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options
 from vmbuild.errors import UsageError
-from vmbuild.model import MIB, MachineStatus, format_size, parse_size
+from vmbuild.model import MIB, Freed, MachineStatus, format_size, parse_size
 
 
 @click.command()
@@ -88,12 +88,16 @@ def resize(positional: str | None, cpus: int | None, memory: str | None, disk: s
 @click.command()
 @name_argument
 @name_option
-def trim(positional: str | None, **flags: Any) -> None:
+@as_json
+def trim(positional: str | None, as_json: bool, **flags: Any) -> None:
     """Give the host back what the machine's disk does not use any more; done after each build anyway."""
     from vmbuild import operate, ui
 
     found = read_settings(flags, positional)
     freed = operate.trim(found["name"], found.home())
+    if as_json:
+        ui.print_json(Freed("disk", found["name"], freed))
+        return
     ui.say(f"The disk of the machine {found['name']} takes {format_size(freed)} less.")
 
 

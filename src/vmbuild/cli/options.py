@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from vmbuild import settings
+from vmbuild.cli.completion import COMPLETERS
 from vmbuild.errors import HostError, UsageError
-from vmbuild.settings import Settings, machine_options
+from vmbuild.settings import Settings
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+machine_options = partial(settings.machine_options, completers=COMPLETERS)
 start_options = machine_options(*settings.COMMAND_LINE)
 name_option = machine_options("name")
-name_argument = click.argument("positional", metavar="[NAME]", required=False)
+name_argument = click.argument("positional", metavar="[NAME]", required=False, shell_complete=COMPLETERS["name"])
 
 
 class Group(click.Group):

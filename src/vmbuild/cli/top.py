@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vmbuild.cli.completion import COMPLETERS
 from vmbuild.cli.options import as_json, name_argument, read_settings
 from vmbuild.errors import UsageError
 from vmbuild.model import MIB, format_size
@@ -21,7 +22,7 @@ COLUMNS = ("name", "state", "cpus", "cpu%", "load", "memory", "rss", "disk", "up
 
 @click.command()
 @name_argument
-@click.option("--name", metavar="NAME", help="The machine to watch; all without.")
+@click.option("--name", metavar="NAME", shell_complete=COMPLETERS["name"], help="The machine to watch; all without.")
 @click.option("-d", "--delay", type=float, default=2.0, metavar="SECONDS", help="Between two rounds; 2 by default.")
 @click.option(
     "-n", "--iterations", type=click.IntRange(min=0), default=0, metavar="N", help="End after N rounds; 0 never ends."

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -197,6 +197,20 @@ def _pieces(box: IO[bytes], at: int, size: int) -> Iterator[bytes]:
             raise GuestError("the guest's outbox became shorter while it was read")
         size -= len(data)
         yield data
+
+
+@contextmanager
+def borrow_outbox(channel: Channel) -> Iterator[IO[bytes] | None]:
+    """Yield the outbox to read from, emptied afterwards; None when another uses it or there is none."""
+    with attempt(channel.lock) as is_ours:
+        if not is_ours or not channel.outbox.exists():
+            yield None
+            return
+        try:
+            with channel.outbox.open("rb") as box:
+                yield box
+        finally:
+            _empty(channel.outbox)
 
 
 def _empty(box: Path) -> None:

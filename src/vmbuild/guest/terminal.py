@@ -8,22 +8,41 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from vmbuild.guest.session import CHUNK_BYTES, Session, Sink
 
 SHELL = ("/bin/sh", "-l")
 
 
-def attach(session: Session, argv: Sequence[str]) -> int:
-    """Run a program, a shell by default, on this process's standard input and output; return its exit code."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        with _raw(sys.stdin.fileno()):
-            size = shutil.get_terminal_size()
-            return session.run(
-                argv or SHELL, feed=_copy_stdin, on_stdout=_write_stdout, terminal=(size.columns, size.lines)
-            )
-    return session.run(argv or SHELL, feed=_copy_stdin, on_stdout=_write_stdout, on_stderr=_write_stderr)
+ENTER = """
+cd -- "$1" || exit 125
+shift
+while [ "$1" != - ]; do export "$1"; shift; done
+shift
+command -v "$1" >/dev/null || { echo "vmbuild: there is no program $1 in the guest" >&2; exit 127; }
+exec "$@"
+"""
+"""Its arguments: a folder, variables up to a dash, a program and what that is told."""
+
+
+def place_command(argv: Sequence[str], folder: str, variables: Sequence[str]) -> list[str]:
+    """Return an argv that runs another in a folder of the guest, with variables (KEY=VALUE) set."""
+    return ["sh", "-c", ENTER, "exec", folder, *variables, "-", *argv]
+
+
+def attach(session: Session, argv: Sequence[str], *, interactive: bool = True, has_terminal: bool | None = None) -> int:
+    """Run a program, a shell by default, on this process's standard output; return its exit code.
+
+    `interactive` passes standard input on. `has_terminal` gives it a terminal, None: where this process has one.
+    """
+    is_on_one = sys.stdin.isatty() and sys.stdout.isatty()
+    feed = _copy_stdin if interactive else None
+    if is_on_one if has_terminal is None else has_terminal:
+        size = shutil.get_terminal_size()
+        with _raw(sys.stdin.fileno()) if interactive and is_on_one else nullcontext():
+            return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, terminal=(size.columns, size.lines))
+    return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, on_stderr=_write_stderr)
 
 
 @contextmanager

@@ -143,6 +143,32 @@ class MachineFiles:
         return self.folder / "ssh_host_ed25519_key.pub"
 
     @property
+    def docker_socket(self) -> Path:
+        """The socket of the guest's Docker on this host."""
+        return self.folder / "docker.sock"
+
+    @property
+    def docker_wanted(self) -> Path:
+        """Says, by being there, that this socket comes back whenever the machine does."""
+        return self.folder / "docker.wanted"
+
+    @property
+    def docker_pid(self) -> Path:
+        """The process id of the program behind this socket."""
+        return self.folder / "docker.pid"
+
+    @property
+    def docker_log(self) -> Path:
+        """What that program has to say."""
+        return self.folder / "docker.log"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The guest's public host key, as OpenSSH's client reads it."""
+        return self.folder / "known_hosts"
+
+    @property
     def runtime(self) -> tuple[Path, ...]:
         """What only a running QEMU has."""
-        return (self.pid, self.qmp, self.console, self.control_in, self.control_out)
+        docker = (self.docker_pid, self.docker_socket)
+        return (self.pid, self.qmp, self.console, self.control_in, self.control_out, *docker)
