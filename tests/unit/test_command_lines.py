@@ -34,7 +34,7 @@ def consoles(text: str) -> str:
 def inline(text: str) -> list[list[str]]:
     """Return what a text's prose and tables say in code, as arguments of vmbuild."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    return [code.split() for code in re.findall(r"`vmbuild ([^`]+)`", prose)]
+    return [args for code in re.findall(r"`(vmbuild [^`]+)`", prose) for args in find_commands(code)]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
