@@ -39,7 +39,9 @@ def load(path: Path) -> Any:
 def github_steps() -> list[Script]:
     """Return the steps of the composite action that are scripts; their environment is as it is written there."""
     steps = load(GITHUB_ACTION)["runs"]["steps"]
-    return [Script(f"{GITHUB_ACTION.name}: {each['name']}", each["run"], each.get("env", {})) for each in steps_run(steps)]
+    return [
+        Script(f"{GITHUB_ACTION.name}: {each['name']}", each["run"], each.get("env", {})) for each in steps_run(steps)
+    ]
 
 
 def steps_run(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,15 +16,15 @@ VALUES = {"TIME_LIMIT": "45m", "DOCKERFILE_PATH:-Dockerfile": "Dockerfile", "PLA
 
 
 def resolve(args: Sequence[str]) -> click.Context:
-    """Return what click makes of a command line, which is not run. Raises click.UsageError for what it does not know."""
+    """Return what click makes of a command line, which is not run. Raises click.UsageError for what is not known."""
     command: click.Command = app
-    rest, context = list(args), None
+    rest = list(args)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         name, *rest = rest
         if name not in command.commands:
             raise click.UsageError(f"no command {name!r}")
         command = command.commands[name]
-    return command.make_context("vmbuild", rest, parent=context, resilient_parsing=False)
+    return command.make_context("vmbuild", rest)
 
 
 def resolve_options(args: Sequence[str]) -> None:
@@ -61,12 +61,12 @@ def _find_in_line(line: str) -> Iterator[list[str]]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words: list[str] | None = None
-    for token in [*lexer, ";"]:
-        if token in ENDS or set(token) <= set("();<>|&"):
+    for word in [*lexer, ";"]:
+        if word in ENDS or set(word) <= set("();<>|&"):
             if words:
                 yield words
             words = None
-        elif words is None and (token == "vmbuild" or token.endswith("bin/vmbuild")):
+        elif words is None and word.rpartition("bin/")[2] == "vmbuild":
             words = []
         elif words is not None:
-            words.append(token)
+            words.append(word)

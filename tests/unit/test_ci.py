@@ -216,9 +216,9 @@ def test_github_builds_and_says_whether_it_was_suspended(runner: Runner) -> None
     assert "key=vmbuild-x86_64-qemu8.2.2-" in said or os.uname().machine != "x86_64"
     assert runner.commands() == ["images", "prune", "build"]
     *_, build = runner.calls("vmbuild")
-    assert build == ["build", ".", "--tag=app:1", "--platform=linux/arm64,linux/arm/v7", "-o", "image.tar"] + [
-        *("--time-limit", "45m", "--suspend-to", "carry/")
-    ]
+    options = ["--tag=app:1", "--platform=linux/arm64,linux/arm/v7"]
+    limits = ["--time-limit", "45m", "--suspend-to", "carry/"]
+    assert build == ["build", ".", *options, "-o", "image.tar", *limits]
 
 
 def test_github_hands_a_suspended_build_on(runner: Runner) -> None:

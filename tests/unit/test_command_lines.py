@@ -71,5 +71,7 @@ def test_in_prose_too(args: list[str]) -> None:
 
 
 def test_a_shell_line_is_taken_apart() -> None:
-    line = '[ -f x ] || "$HOME/bin/vmbuild" build "$A" -t a:1 "${more[@]}" --time-limit "$TIME_LIMIT" >log && vmbuild up'
+    line = (
+        '[ -f x ] || "$HOME/bin/vmbuild" build "$A" -t a:1 "${more[@]}" --time-limit "$TIME_LIMIT" >log && vmbuild up'
+    )
     assert list(find_commands(line)) == [["build", "word", "-t", "a:1", "--time-limit", "45m"], ["up"]]

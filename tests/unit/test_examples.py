@@ -73,7 +73,9 @@ def test_apt_leaves_no_lists_behind_and_takes_no_recommendations(folder: Path) -
     for line in of(folder, "RUN"):
         if "apt-get install" in line:
             assert "apt-get install -y --no-install-recommends " in line
-            assert line.index("apt-get update") < line.index("apt-get install") < line.index("rm -rf /var/lib/apt/lists")
+            assert (
+                line.index("apt-get update") < line.index("apt-get install") < line.index("rm -rf /var/lib/apt/lists")
+            )
         assert "allow-unauthenticated" not in line
         assert "trusted=yes" not in line
 
