@@ -21,7 +21,7 @@ from tests.machine.users import User
 pytestmark = [pytest.mark.machine, pytest.mark.timeout(900)]
 
 SUSPENDED = 75
-STEPS_S = 150
+STEPS_S = 70
 """The build says something each second for so long: longer than the job may take."""
 
 
