@@ -105,7 +105,7 @@ def test_its_manifest_for_the_suite_has_known_keys(folder: Path) -> None:
 def test_nginx_is_compiled_from_what_apt_has_verified() -> None:
     steps = "\n".join(of(EXAMPLES / "nginx", "RUN"))
     assert "deb-src" in steps
-    assert "apt-get source --download-only nginx" in steps
+    assert "apt-get source --download-only --tar-only nginx" in steps
     assert 'make -j"$(nproc)"' in steps
 
 
