@@ -4,70 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pwd
-import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+from tests.machine import users
+from tests.machine.users import User
 
 pytestmark = pytest.mark.machine
-
-
-@dataclass(frozen=True)
-class User:
-    """An ordinary user with an empty home; `account` is None where it is the one who runs the tests."""
-
-    name: str
-    home: Path
-    account: pwd.struct_passwd | None = None
-
-    def start(self, argv: list[str], cwd: Path) -> subprocess.Popen[str]:
-        """Start a program as this user, all that it says in one pipe."""
-        kept = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PIP_")}
-        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        return subprocess.Popen(
-            argv,
-            cwd=cwd,
-            # A snapshot is made in the background, by a process that would outlive the user.
-            env={**kept, "HOME": str(self.home), "USER": self.name, "PATH": path, "VMBUILD_SNAPSHOTS": "off"},
-            user=self.account and self.account.pw_uid,
-            group=self.account and self.account.pw_gid,
-            extra_groups=[] if self.account else None,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
 
 
 @pytest.fixture
 def fresh_user() -> Iterator[User]:
     """A user with an empty home, who is gone at the end."""
-    home = Path(tempfile.mkdtemp(prefix="vmbuild-fresh-", dir="/tmp"))  # a short path: there are sockets in it
-    name = f"fresh{os.getpid()}"
-    try:
-        if os.geteuid() != 0:
-            yield User(pwd.getpwuid(os.getuid()).pw_name, home)
-            return
-        subprocess.run(["useradd", "--no-create-home", "--home-dir", str(home), name], check=True)
-        try:
-            shutil.chown(home, name)
-            yield User(name, home, pwd.getpwnam(name))
-        finally:
-            subprocess.run(["userdel", name], check=True)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with users.fresh_user() as user:
+        yield user
 
 
 def run_shown(user: User, argv: list[str], cwd: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -89,12 +44,7 @@ def run_shown(user: User, argv: list[str], cwd: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.timeout(1500)
 def test_quickstart_as_a_fresh_user(fresh_user: User, capfd: pytest.CaptureFixture[str]) -> None:
     clone = fresh_user.home / "vmbuild"
-    # What git has, as it now lies in the work tree: the same as a clone once it is committed.
-    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT).decode().split("\0")
-    for name in filter(None, names):
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, clone / name)
-    subprocess.run(["chown", "-R", fresh_user.name, str(clone)], check=True)
+    users.clone_into(clone, fresh_user)
     vmbuild = str(clone / ".venv/bin/vmbuild")
     try:
         code, said = run_shown(fresh_user, ["./scripts/quickstart"], clone, capfd)

@@ -22,5 +22,5 @@ def test_every_command_and_script_it_names_exists() -> None:
     assert named - set(app.commands) == set()
     for script in set(re.findall(r"scripts/([a-z]+)", text)):
         assert (ROOT / "scripts" / script).exists(), script
-    for folder in set(re.findall(r"examples/([a-z0-9]+)", text)):
+    for folder in set(re.findall(r"examples/([a-z0-9-]+)", text)):
         assert (ROOT / "examples" / folder / "Dockerfile").exists(), folder
