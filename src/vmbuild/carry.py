@@ -43,6 +43,27 @@ def check_limits(limits: Limits, seconds_left: float) -> None:
     _check_target(limits.suspend_to)
 
 
+def check_secrets(limits: Limits, *, has_secrets: bool) -> None:
+    """See that a build with secrets is not to be carried away when its time is up. Raises UsageError."""
+    if has_secrets and limits.suspend_to is not None:
+        raise _with_secrets(
+            "Leave --suspend-to out: --time-limit alone suspends the machine here, where `vmbuild up` goes on with it."
+        )
+
+
+def holds_secrets(name: str, home: Home) -> bool:
+    """Tell whether a build in a machine has secrets."""
+    return any(each.has_secrets for each in record.load_all(MachineFiles.at(home.state, name).builds))
+
+
+def _with_secrets(resolution: str) -> UsageError:
+    return UsageError(
+        "a build with secrets is not carried to another host",
+        details="Its secrets are in the guest's memory, and a bundle holds that.",
+        resolution=resolution,
+    )
+
+
 def _check_target(target: Path | None) -> None:
     if target is not None and not target.parent.is_dir():
         raise UsageError(f"cannot write a bundle to {target}", resolution="Name a file or a folder that exists.")
@@ -77,12 +98,16 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
             f"the machine {name} boots a disk with a firmware, and cannot be packed as a bundle",
             resolution=f"`vmbuild suspend {name}` without a place saves it here.",
         )
+    if target is not None and holds_secrets(name, home):
+        raise _with_secrets(f"`vmbuild suspend {name}` without a place keeps it here; or let the build end first.")
     saved = operate.suspend(name, home, report)
     if target is not None:
         files = existing(name, home)
         with lifetime.lock(files, report):
             if suspension.find(files) != saved:  # the lock was free for a moment
                 raise MachineError(f"the machine {name} went on before it was packed")
+            if holds_secrets(name, home):  # it was started when we had looked
+                raise _with_secrets(f"The machine is suspended here: `vmbuild up --name {name}` goes on with it.")
             report.step(f"Packing the machine {name}")
             keys.forget_key(files.host_key)  # the guest has it in its memory: from here on it is nobody's
             _pack(files, saved, target, report)
@@ -222,7 +247,10 @@ def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
         if not Path(inside).is_relative_to(build.cwd):
             places[key] = Path(path).name
             report.warn(f"the build in the bundle wants to write {path}: here it is {places[key]} in this folder")
-    return replace(build, **places)
+    if build.agents:
+        report.warn("the build in the bundle was lent an SSH agent: yours it does not get")
+    caches = tuple(f"cache.{number}" for number, _ in enumerate(build.caches))
+    return replace(build, **places, agents=(), caches=caches)
 
 
 @contextmanager

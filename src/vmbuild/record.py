@@ -19,7 +19,9 @@ class BuildRecord:
     """A build that was started, and what its command asked to be done with what comes of it.
 
     `folder` is the build's workspace in the guest. Paths are as the user wrote them, relative to `cwd`. `boot_s` is
-    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here.
+    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here, and of
+    its secrets only that it has some. `agents` are the SSH agents that it was lent, as they are written on a command
+    line; `caches` are the folders where the caches go that it makes, in the order of their numbers in the guest.
     """
 
     folder: str
@@ -32,6 +34,9 @@ class BuildRecord:
     context_bytes: int
     boot_s: float
     started_at: float
+    has_secrets: bool = False
+    agents: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
