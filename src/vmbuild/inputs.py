@@ -63,7 +63,7 @@ class NamedContext:
 
 @dataclass(frozen=True)
 class Cache:
-    """Where a build cache comes from, or goes: its fields for BuildKit, and the folder of the host that it has, if any."""
+    """Where a build cache comes from, or goes: its fields for BuildKit, and a folder of the host if it has one."""
 
     fields: tuple[tuple[str, str], ...]
     folder: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
@@ -349,7 +349,7 @@ class BuildRequest:
     metadata_file: Path | None = None
     quiet: bool = False
     oom_retry: bool = False
-    inputs: Inputs = Inputs()
+    inputs: Inputs = field(default_factory=Inputs)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def attached(argv: Sequence[str]) -> Iterator[str]:
         program = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
-        assert program.stdin is not None and program.stdout is not None  # noqa: S101, PT018 - they are pipes
+        assert program.stdin is not None and program.stdout is not None  # noqa: S101 - they are pipes
         with program.stdin, program.stdout:
             try:
                 line = program.stdout.readline()
