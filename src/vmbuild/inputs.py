@@ -51,8 +51,8 @@ class SshSource:
 class NamedContext:
     """A build context with a name: a folder of the host, or an address that BuildKit knows what to do with.
 
-    `folder` is None for an address. `address` has what goes before and after the folder's place in the guest where
-    it has one: `oci-layout://` and `:tag`.
+    `before` and `after` is what goes around the folder's place in the guest (`oci-layout://`, `:tag`); without a folder
+    `before` is the whole address.
     """
 
     name: str

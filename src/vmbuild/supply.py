@@ -123,7 +123,7 @@ def agents_lent(session: Session, workspace: str, sources: Sequence[str], report
 
 def _bring_context(named: NamedContext, number: int, way: Way, until_begun: ExitStack) -> str:
     if named.folder is None:
-        return named.after
+        return named.before
     folder = Path(named.folder)
     whole = bool(named.before)  # an OCI layout, of which nothing stays at home
     source = Context(folder, None) if whole else context.open_folder(folder)
