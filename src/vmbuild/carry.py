@@ -241,16 +241,18 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
 
 def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
     """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell."""
-    places = {key: getattr(build, key) for key in ("output", "iidfile", "metadata_file")}
-    for key, path in places.items():
-        inside = os.path.normpath(Path(build.cwd) / (path or "-"))
-        if not Path(inside).is_relative_to(build.cwd):
-            places[key] = Path(path).name
-            report.warn(f"the build in the bundle wants to write {path}: here it is {places[key]} in this folder")
+
+    def inside(path: str | None) -> Any:
+        if Path(os.path.normpath(Path(build.cwd) / (path or "-"))).is_relative_to(build.cwd):
+            return path
+        name = Path(os.path.normpath(f"/{path}")).name or "result"
+        report.warn(f"the build in the bundle wants to write {path}: here it is {name} in this folder")
+        return name
+
     if build.agents:
         report.warn("the build in the bundle was lent an SSH agent: yours it does not get")
-    caches = tuple(f"cache.{number}" for number, _ in enumerate(build.caches))
-    return replace(build, **places, agents=(), caches=caches)
+    places = {key: inside(getattr(build, key)) for key in ("output", "iidfile", "metadata_file")}
+    return replace(build, **places, agents=(), caches=tuple(map(inside, build.caches)))
 
 
 @contextmanager

@@ -103,9 +103,7 @@ def test_an_agent_or_keys(in_folder: Path, agent: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("agent")
-def test_keys_that_are_not_there_are_refused(
-    in_folder: Path, text: str, environment: dict[str, str], why: str
-) -> None:
+def test_keys_that_are_not_there_are_refused(in_folder: Path, text: str, environment: dict[str, str], why: str) -> None:
     (in_folder / "key").touch()
     with pytest.raises(UsageError) as caught:
         inputs.read_ssh(text, environment)

@@ -229,7 +229,9 @@ def test_options_come_before_the_context(world: World, folder: Any) -> None:
         ("http://127.0.0.1/x.tar", "-", ["--file", "-", "http://10.0.2.2/x.tar"]),
     ],
 )
-def test_the_host_s_loopback_is_the_host_s(world: World, context: Any, dockerfile: str | None, words: list[str]) -> None:
+def test_the_host_s_loopback_is_the_host_s(
+    world: World, context: Any, dockerfile: str | None, words: list[str]
+) -> None:
     assert list(world.build(context, Inputs(), dockerfile=dockerfile)[-len(words) :]) == words
 
 

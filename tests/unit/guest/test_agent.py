@@ -159,4 +159,3 @@ def test_a_guest_that_sends_endless_requests_is_refused() -> None:
     link = agent._Link(echo, threading.Event())
     with pytest.raises(GuestError, match="something of"):
         link.take(b"\x7f\xff\xff\xff")
-

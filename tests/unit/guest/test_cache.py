@@ -26,7 +26,11 @@ def make_cache(folder: Path, *contents: bytes, name: str | None = "latest") -> P
     blobs.mkdir(parents=True)
     for data in contents:
         (blobs / digest(data)).write_bytes(data)
-    entry: dict[str, Any] = {"mediaType": "x/index", "digest": f"sha256:{digest(contents[-1])}", "size": len(contents[-1])}
+    entry: dict[str, Any] = {
+        "mediaType": "x/index",
+        "digest": f"sha256:{digest(contents[-1])}",
+        "size": len(contents[-1]),
+    }
     entry["annotations"] = {cache.NAME: name, "evil": "../../x"} if name else None
     (folder / "index.json").write_text(json.dumps({"manifests": [entry]}))
     return folder

@@ -17,7 +17,7 @@ import pytest
 from vmbuild.guest import secrets
 
 SCRIPTS = Path(__file__).parents[3] / "images/guest/root/usr/lib/vmbuild"
-MEMORY = Path("/dev/shm")  # noqa: S108 - a tmpfs, as the guest's /run is
+MEMORY = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(
     shutil.which("perl") is None or not MEMORY.is_dir(), reason="needs perl and a tmpfs, as the guest has them"
 )
