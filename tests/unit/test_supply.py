@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 def after(words: tuple[str, ...], flag: str) -> list[str]:
-    return [value for word, value in zip(words, words[1:], strict=False) if word == flag]
+    return [value for word, value in pairwise(words) if word == flag]
 
 
 def test_secrets_are_fed_to_the_guest_and_are_in_no_argv_and_no_record(world: World, folder: Any) -> None:
@@ -150,7 +151,7 @@ def test_a_local_cache_goes_in_and_comes_out(
     world: World, folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     brought: list[tuple[str, Path]] = []
-    monkeypatch.setattr(cache, "bring_home", lambda _, source, place, *rest: brought.append((source, place)))
+    monkeypatch.setattr(cache, "bring_home", lambda *args: brought.append(args[1:3]))
     monkeypatch.chdir(tmp_path)
     have = folder("have", "index.json")
     inputs = Inputs(
