@@ -116,7 +116,10 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
 
 def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
     """Pack a suspended machine. Its log-in key stays at home, and so does where its builds were asked for."""
-    builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
+    builds = [
+        asdict(replace(each, cwd="", agents=tuple(agent.partition("=")[0] for agent in each.agents)))
+        for each in record.load_all(files.builds)
+    ]
     parts = dict(zip(PARTS, (files.memory, files.disk), strict=True))
     about = {"name": files.name, "suspension": asdict(saved), "builds": builds}
     with report.meter("pack", sum(map(bundle.data_bytes, parts.values()))) as meter:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.unit.building import Guest
-from tests.unit.guest.fakes import FakeSession
+from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from vmbuild import build, host_agent, record
-from vmbuild.errors import BuildError, UsageError
+from vmbuild.errors import BuildError, GuestError, UsageError
 from vmbuild.follow import Watch
 from vmbuild.guest import agent, cache, secrets, sync
 from vmbuild.inputs import Cache, Inputs, NamedContext, Secret, SshSource
@@ -35,7 +35,7 @@ class World:
         self.files = MachineFiles.at(self.home.state, "box")
         self.files.folder.mkdir(parents=True)
         self.guest = Guest()
-        self.guest.table = (((secrets.PROGRAM,), self.guest.table[-1][1]), *self.guest.table)
+        self.guest.table = (((secrets.PROGRAM,), Reply()), *self.guest.table)
         self.report = Listener()
         self.recorded: list[str] = []
 
@@ -108,6 +108,14 @@ def test_a_build_without_them_is_started_as_ever(world: World, folder: Any) -> N
     assert json.loads(world.recorded[0])["has_secrets"] is False
 
 
+def test_a_machine_of_an_older_vmbuild_is_told(world: World, folder: Any) -> None:
+    world.guest.table = (((secrets.PROGRAM,), Reply(127, stderr=b"not found")), *world.guest.table)
+    with pytest.raises(GuestError) as caught:
+        world.build(folder("context", "Dockerfile"), Inputs(secrets=SECRETS))
+    assert "vmbuild down" in caught.value.resolution
+    assert world.guest.removed() == ["/w"]
+
+
 def test_an_empty_secret_is_told(world: World, folder: Any) -> None:
     world.build(folder("context", "Dockerfile"), Inputs(secrets=(Secret("x", b""),)))
     assert world.report.warnings == ["the secret x is empty"]
@@ -138,8 +146,8 @@ def test_each_context_has_a_copy_that_stays_and_its_own_dockerignore(world: Worl
 
 
 def test_a_context_that_another_build_uses_gets_a_place_of_its_own(world: World, folder: Any) -> None:
-    busy = (((sync.PROGRAM, "claim"), type(world.guest.table[0][1])(stdout=b"busy\n")),)
-    world.guest.table = (*busy, (("mkdir",), type(world.guest.table[0][1])()), *world.guest.table)
+    busy = ((sync.PROGRAM, "claim"), Reply(stdout=b"busy\n"))
+    world.guest.table = (busy, (("mkdir",), Reply()), *world.guest.table)
     contexts = (NamedContext("a", str(folder("a"))), NamedContext("b", str(folder("b"))))
     words = world.build(folder("context", "Dockerfile"), Inputs(contexts=contexts))
     assert after(words, "--build-context") == ["a=/w/context.0", "b=/w/context.1"]

@@ -29,6 +29,7 @@ TAIL_BYTES = 64 * 1024
 KILLED = 255
 """What a session gives for a program that a signal ended, and no exit code of buildx's own."""
 
+_OLDER = "A machine of an older vmbuild has not what that needs: `vmbuild down`, then try again."
 _LOGS = "See `vmbuild logs`, and /var/log/docker.log in the guest (`vmbuild ssh`); then run the command again."
 
 
@@ -124,7 +125,12 @@ def start_build(
         job.start(session, work.folder, argv, terminal)
     else:
         before, feed = secrets.put_before(work.folder), secrets.feed_of(held)
-        job.start(session, work.folder, argv, terminal, before=before, feed=feed)
+        try:
+            job.start(session, work.folder, argv, terminal, before=before, feed=feed)
+        except GuestError as error:
+            raise GuestError(
+                "the guest cannot keep what the build is given in memory", details=error.details, resolution=_OLDER
+            ) from error
 
 
 class BuildLog:
