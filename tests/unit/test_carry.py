@@ -755,8 +755,9 @@ def test_facts_in_a_bundle_are_all_that_resuming_needs(world: World, packed: Sus
 def test_where_keys_lie_does_not_travel(world: World) -> None:
     record.save(world.files.builds, replace(BUILD, agents=("default", "git=/home/me/.ssh/secret-key")))
     carry.suspend("box", world.bundle, world.here, SilentReporter())
-    (build,) = bundle.read_facts(world.bundle)["builds"]
-    assert build["agents"] == ["default", "git"]
+    told = json.dumps(bundle.read_facts(world.bundle))
+    assert '"agents": ["default", "git"]' in told
+    assert ".ssh" not in told
 
 
 def test_a_build_with_secrets_stays_here(world: World) -> None:
