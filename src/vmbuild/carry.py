@@ -99,7 +99,14 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
             resolution=f"`vmbuild suspend {name}` without a place saves it here.",
         )
     if target is not None and holds_secrets(name, home):
-        raise _with_secrets(f"`vmbuild suspend {name}` without a place keeps it here; or let the build end first.")
+        raise _with_secrets(
+            f"`vmbuild suspend {name}` without a place keeps it here; `vmbuild attach {name}` finishes the build."
+        )
+    if target is not None and record.had_secrets(MachineFiles.at(home.state, name).builds):
+        report.warn(
+            f"builds with secrets have run in the machine {name}: its memory, and with it the bundle, may have "
+            f"something of them yet; `vmbuild down {name}` and `up` forget it"
+        )
     saved = operate.suspend(name, home, report)
     if target is not None:
         files = existing(name, home)

@@ -772,6 +772,16 @@ def test_a_build_with_secrets_stays_here(world: World) -> None:
     assert not world.bundle.exists()
 
 
+def test_that_secrets_were_in_a_machine_s_memory_is_told(world: World) -> None:
+    report = Listener()
+    record.save(world.files.builds, replace(BUILD, has_secrets=True))
+    record.forget(world.files.builds, BUILD)
+    carry.suspend("box", world.bundle, world.here, report)
+    assert [line for line in report.warnings if "builds with secrets have run" in line]
+    record.forget_all(world.files.builds)  # as a boot does
+    assert not record.had_secrets(world.files.builds)
+
+
 def test_a_build_with_secrets_that_began_meanwhile_is_not_packed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     save = operate.suspend
 
