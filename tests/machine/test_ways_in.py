@@ -96,7 +96,7 @@ def test_all_at_once_and_nothing_left(based: Cli, context: Path, key: Path, tmp_
     assert re.search(r"10\.0\.2\.2\s+gateway", done.err)
     assert re.search(r"tmpfs\s+32768 .*/dev/shm", done.err)
     assert "limit=321" in done.err
-    assert "named context: kept\n" in done.err
+    assert "named context: .dockerignore kept\n" in done.err
     check_signature(done.err, key)
 
     assert based.guest(HELD) == ""
