@@ -8,13 +8,20 @@ from urllib.parse import urlsplit
 HOST = "10.0.2.2"
 """The host, as a guest behind QEMU's user-mode network sees it (QEMU, net/slirp)."""
 
-_LOOPBACK = re.compile(r"(?<=://)(?P<user>[^@/]*@)?(?:localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)")
+_LOOPBACK = re.compile(
+    r"(?:(?<=://)(?P<user>[^@/]*@)?|^(?P<git>git@))(?:localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", re.IGNORECASE
+)
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#]*@")
 
 
 def seen_from_guest(url: str) -> str:
     """Return a URL with the host's loopback replaced by the address under which a guest reaches the host."""
-    return _LOOPBACK.sub(lambda match: (match["user"] or "") + HOST, url)
+    return _LOOPBACK.sub(lambda match: (match["user"] or match["git"] or "") + HOST, url)
+
+
+def is_remote(text: str) -> bool:
+    """Tell whether a build context is Docker's to fetch: a URL, or one of Git's short forms."""
+    return "://" in text or text.startswith(("git@", "github.com/"))
 
 
 def without_credentials(url: str) -> str:

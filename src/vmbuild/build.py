@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, operate, passing, process, record, settle
+from vmbuild import follow, operate, passing, process, record, settle, supply
+from vmbuild.address import is_remote, seen_from_guest
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, bases, context, docker, oom, sync, transfer
+from vmbuild.guest import archive, bases, context, docker, oom, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -31,6 +32,7 @@ from vmbuild.reach import channel_of
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
+from vmbuild.supply import Given, Way
 
 
 def build(
@@ -83,20 +85,27 @@ def _build_once(
     files = MachineFiles.at(home.state, request.name)
     arch = settle.machine_arch(request, files, home.cache)
     asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
-    source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
+    is_elsewhere = asked.context == "-" or is_remote(asked.context)
+    source = None if is_elsewhere else context.open_context(Path(asked.context), asked.dockerfile, stdin)
     archive.check_output(asked.output)
     _forget_old_results(asked)
     request = passing.for_build(request, asked, source)
     client = passing.client_config(request, asked, source, report)
-    with open_session(request, home, report) as session:
+    with (
+        supply.prepared(asked.inputs, report) as supplies,
+        open_session(request, home, report) as session,
+        ExitStack() as until_ended,
+    ):
         work = docker.make_workspace(session)
         with _removed_on_failure(session, work), ExitStack() as until_begun:
+            way = Way(session, work.folder, files.contexts, channel_of(files), report)
             placed = (
-                _place_context(source, until_begun, session, work, files, report)
+                _place_context(source, until_begun, work, way)
                 if source
                 else _leave_context(asked, stdin, session, work)
             )
-            started = _start(asked, placed, client, session, work, files, begun)
+            given = supplies.bring(way, until_begun, until_ended)
+            started = _start(asked, placed, given, client, session, work, files, begun)
         return follow.to_the_end(follow.Running(started, files, session), home, report, stdout=stdout, watch=watch)
 
 
@@ -113,6 +122,7 @@ def _removed_on_failure(session: Session, work: docker.Workspace) -> Iterator[No
 def _start(
     asked: BuildRequest,
     placed: Placed,
+    given: Given,
     client: passing.ClientConfig | None,
     session: Session,
     work: docker.Workspace,
@@ -131,11 +141,15 @@ def _start(
         context_bytes=placed.sent_bytes,
         boot_s=oom.read_clock(session),
         started_at=begun,
-        has_secrets=client is not None and client.has_logins,
+        has_secrets=bool(given.held) or (client is not None and client.has_logins),
+        agents=given.agents,
+        caches=given.caches,
     )
-    argv = docker.build_argv(asked, work, placed.where, placed.dockerfile)
+    argv = docker.build_argv(asked, work, placed.where, placed.dockerfile, given.argv)
     config = docker.write_client_config(session, work, client.content) if client is not None else None
-    docker.start_build(session, work, argv, stdin=placed.stdin, terminal=asked.terminal, client=config)
+    docker.start_build(
+        *(session, work, argv), stdin=placed.stdin, terminal=asked.terminal, client=config, held=given.held
+    )
     record.save(files.builds, started)
     return started
 
@@ -150,18 +164,13 @@ class Placed:
     sent_bytes: int = 0
 
 
-def _place_context(
-    source: context.Context,
-    until_begun: ExitStack,
-    session: Session,
-    work: docker.Workspace,
-    files: MachineFiles,
-    report: Reporter,
-) -> Placed:
+def _place_context(source: context.Context, until_begun: ExitStack, work: docker.Workspace, way: Way) -> Placed:
     """Send a folder of the host into the guest, or what changed of it."""
-    report.step("Sending the build context")
-    copy = until_begun.enter_context(sync.claimed(session, source, work.folder, files.contexts))
-    where, sent = _send_context(source, copy, session, work, channel_of(files), report)
+    session = way.session
+    way.report.step("Sending the build context")
+    where, sent = supply.bring_folder(source, supply.MAIN, way, until_begun)
+    if source.dockerfile_url is not None:
+        return Placed(where, seen_from_guest(source.dockerfile_url), None, sent)
     if source.dockerfile_inside is not None:
         return Placed(where, f"{where}/{source.dockerfile_inside}", None, sent)
     transfer.write_file(session, work.dockerfile, send(source.dockerfile_content))
@@ -170,34 +179,15 @@ def _place_context(
     return Placed(where, work.dockerfile, None, sent)
 
 
-def _send_context(
-    source: context.Context,
-    copy: sync.Copy | None,
-    session: Session,
-    work: docker.Workspace,
-    channel: Channel,
-    report: Reporter,
-) -> tuple[str, int]:
-    """Bring the guest's copy of a context up to date, else send all of it; return its folder and what travelled."""
-    if copy is not None:
-        try:
-            return copy.folder, sync.update(session, source, copy, channel, report)
-        except transfer.DiskFullError:  # what is kept for later builds must not be what this one fails for
-            sync.clear(session)
-    return work.context, transfer.unpack_context(session, work.context, source.write_tar, channel, report)
-
-
 def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
-    if "-" not in (asked.context, asked.dockerfile):
-        return Placed(asked.context, asked.dockerfile)
-    sent = transfer.write_stdin(session, work.stdin, stdin)
-    return Placed(asked.context, asked.dockerfile, work.stdin, sent)
-
-
-def _is_remote(text: str) -> bool:
-    """Tell whether a context is Docker's to fetch: standard input, a URL, or Git's short forms."""
-    return text == "-" or "://" in text or text.startswith(("git@", "github.com/"))
+    where, dockerfile = seen_from_guest(asked.context), asked.dockerfile and seen_from_guest(asked.dockerfile)
+    if "-" in (where, dockerfile):
+        return Placed(where, dockerfile, work.stdin, transfer.write_stdin(session, work.stdin, stdin))
+    if dockerfile and Path(dockerfile).is_absolute() and Path(dockerfile).is_file():  # the host's, as buildx has it
+        transfer.write_file(session, work.dockerfile, send(Path(dockerfile).read_bytes()))
+        return Placed(where, work.dockerfile)
+    return Placed(where, dockerfile)
 
 
 def _forget_old_results(asked: BuildRequest) -> None:

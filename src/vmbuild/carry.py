@@ -43,6 +43,27 @@ def check_limits(limits: Limits, seconds_left: float) -> None:
     _check_target(limits.suspend_to)
 
 
+def check_secrets(limits: Limits, *, has_secrets: bool) -> None:
+    """See that a build with secrets is not to be carried away when its time is up. Raises UsageError."""
+    if has_secrets and limits.suspend_to is not None:
+        raise _with_secrets(
+            "Leave --suspend-to out: --time-limit alone suspends the machine here, where `vmbuild up` goes on with it."
+        )
+
+
+def holds_secrets(name: str, home: Home) -> bool:
+    """Tell whether a build in a machine has secrets."""
+    return any(each.has_secrets for each in record.load_all(MachineFiles.at(home.state, name).builds))
+
+
+def _with_secrets(resolution: str) -> UsageError:
+    return UsageError(
+        "a build with secrets is not carried to another host",
+        details="Its secrets are in the guest's memory, and a bundle holds that.",
+        resolution=resolution,
+    )
+
+
 def _check_target(target: Path | None) -> None:
     if target is not None and not target.parent.is_dir():
         raise UsageError(f"cannot write a bundle to {target}", resolution="Name a file or a folder that exists.")
@@ -77,12 +98,23 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
             f"the machine {name} boots a disk with a firmware, and cannot be packed as a bundle",
             resolution=f"`vmbuild suspend {name}` without a place saves it here.",
         )
+    if target is not None and holds_secrets(name, home):
+        raise _with_secrets(
+            f"`vmbuild suspend {name}` without a place keeps it here; `vmbuild attach {name}` finishes the build."
+        )
+    if target is not None and record.had_secrets(MachineFiles.at(home.state, name).builds):
+        report.warn(
+            f"builds with secrets have run in the machine {name}: its memory, and with it the bundle, may have "
+            f"something of them yet; `vmbuild down {name}` and `up` forget it"
+        )
     saved = operate.suspend(name, home, report)
     if target is not None:
         files = existing(name, home)
         with lifetime.lock(files, report):
             if suspension.find(files) != saved:  # the lock was free for a moment
                 raise MachineError(f"the machine {name} went on before it was packed")
+            if holds_secrets(name, home):  # it was started when we had looked
+                raise _with_secrets(f"The machine is suspended here: `vmbuild up --name {name}` goes on with it.")
             report.step(f"Packing the machine {name}")
             keys.forget_key(files.host_key)  # the guest has it in its memory: from here on it is nobody's
             _pack(files, saved, target, report)
@@ -91,7 +123,10 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
 
 def _pack(files: MachineFiles, saved: Suspension, target: Path, report: Reporter) -> None:
     """Pack a suspended machine. Its log-in key stays at home, and so does where its builds were asked for."""
-    builds = [asdict(replace(each, cwd="")) for each in record.load_all(files.builds)]
+    builds = [
+        asdict(replace(each, cwd="", agents=tuple(agent.partition("=")[0] for agent in each.agents)))
+        for each in record.load_all(files.builds)
+    ]
     parts = dict(zip(PARTS, (files.memory, files.disk), strict=True))
     about = {"name": files.name, "suspension": asdict(saved), "builds": builds}
     with report.meter("pack", sum(map(bundle.data_bytes, parts.values()))) as meter:
@@ -216,13 +251,18 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
 
 def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
     """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell."""
-    places = {key: getattr(build, key) for key in ("output", "iidfile", "metadata_file")}
-    for key, path in places.items():
-        inside = os.path.normpath(Path(build.cwd) / (path or "-"))
-        if not Path(inside).is_relative_to(build.cwd):
-            places[key] = Path(path).name
-            report.warn(f"the build in the bundle wants to write {path}: here it is {places[key]} in this folder")
-    return replace(build, **places)
+
+    def inside(path: str | None) -> Any:
+        if Path(os.path.normpath(Path(build.cwd) / (path or "-"))).is_relative_to(build.cwd):
+            return path
+        name = Path(os.path.normpath(f"/{path}")).name or "result"
+        report.warn(f"the build in the bundle wants to write {path}: here it is {name} in this folder")
+        return name
+
+    if build.agents:
+        report.warn("the build in the bundle was lent an SSH agent: yours it does not get")
+    places = {key: inside(getattr(build, key)) for key in ("output", "iidfile", "metadata_file")}
+    return replace(build, **places, agents=(), caches=tuple(map(inside, build.caches)))
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import record
+from vmbuild import record, supply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
@@ -25,7 +26,7 @@ from vmbuild.errors import (
     UsageError,
     VmbuildError,
 )
-from vmbuild.guest import archive, docker, job, oom, resources
+from vmbuild.guest import archive, cache, docker, job, oom, resources
 from vmbuild.guest.session import ConnectionLostError, Session, WrongHostKeyError, capture
 from vmbuild.image import base as base_image
 from vmbuild.lock import attempt, hold
@@ -80,7 +81,8 @@ def attach(
         running = Running(_choose(files, session, build_id), files, session)
         with attempt(record.lock_file(files.builds, running.record)) as is_ours:
             if is_ours:
-                return _end_to_end(running, home, report, stdout, watch)
+                with supply.agents_lent(session, running.work.folder, running.record.agents, report):
+                    return _end_to_end(running, home, report, stdout, watch)
         report.step("The command that started this build follows it too, and finishes it")
         _follow(running, report, watch)
         return None
@@ -161,6 +163,10 @@ def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, wa
             report.step("Bringing the container image back")
             known = base_image.known_layers(home.cache)
             size = archive.write_archive(session, image_id, asked.tags, out, known, report, channel_of(running.files))
+    for number, folder in enumerate(asked.caches):
+        report.step("Bringing the build cache back")
+        place = supply.cache_place(asked.folder, number)
+        cache.bring_home(session, place, Path(asked.cwd) / folder, channel_of(running.files), report)
     for path, text in ((asked.place(asked.iidfile), image_id), (asked.place(asked.metadata_file), metadata)):
         if path is not None:
             write_whole(path, text.encode())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
 
 from vmbuild.errors import UsageError
+from vmbuild.inputs import Inputs
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -347,7 +348,7 @@ class BuildRequest:
     archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
     columns and rows of the terminal that BuildKit may draw on. `platforms` are names of PLATFORMS, none for the
     machine's own; several make one container image with an index. `oom_retry` builds again, with more memory, what ran
-    out of it.
+    out of it. `inputs` is what the build is given besides its context.
     """
 
     context: str
@@ -366,6 +367,7 @@ class BuildRequest:
     metadata_file: Path | None = None
     quiet: bool = False
     oom_retry: bool = False
+    inputs: Inputs = field(default_factory=Inputs)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ PACKAGES = {
     "gpgv": "gpgv",
     "qemu-img": "qemu-utils",
     "qemu-system-aarch64": "qemu-system-arm",
+    "ssh-add": "openssh-client",
+    "ssh-agent": "openssh-client",
     "sqfstar": "squashfs-tools",
 }
 
@@ -143,6 +145,38 @@ def starting(
         if program is not None and program.poll() is None:
             stop(program.pid)
         raise
+
+
+@contextmanager
+def attached(argv: Sequence[str]) -> Iterator[str]:
+    """Run a program that lasts as long as its standard input, and so never longer than we; yield its first line.
+
+    Ctrl-C on our terminal does not reach it. Raises HostError when it is missing, CommandError when it ends at once.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    with tempfile.TemporaryFile() as errors:
+        program = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+        assert program.stdin is not None and program.stdout is not None  # noqa: S101 - they are pipes
+        with program.stdin, program.stdout:
+            try:
+                line = program.stdout.readline()
+                if not line:
+                    errors.seek(0)
+                    raise CommandError(argv, program.wait(), errors.read().decode(errors="replace"))
+                yield line.decode(errors="replace").strip()
+            finally:
+                program.stdin.close()
+                _wait_or_kill(program)
+
+
+def _wait_or_kill(program: subprocess.Popen[bytes]) -> None:
+    try:
+        program.wait(5)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        program.wait()
 
 
 def is_alive(pid: int) -> bool:

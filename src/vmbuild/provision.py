@@ -40,7 +40,7 @@ DISK_BYTES = 8 * GIB
 
 SHARED = (
     *("etc/containerd/config.toml", "usr/share/vmbuild/parts"),
-    *(f"usr/lib/vmbuild/{name}" for name in ("context", "control", "job", "second-stage")),
+    *(f"usr/lib/vmbuild/{name}" for name in ("agent", "context", "control", "job", "second-stage", "secrets")),
 )
 """What a disk has in common with the appliance."""
 

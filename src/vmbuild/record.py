@@ -20,7 +20,8 @@ class BuildRecord:
 
     `folder` is the build's workspace in the guest. Paths are as the user wrote them, relative to `cwd`. `boot_s` is
     the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here, and of
-    its secrets only that it has some.
+    its secrets only that it has some. `agents` are the SSH agents that it was lent, as they are written on a command
+    line; `caches` are the folders where the caches go that it makes, in the order of their numbers in the guest.
     """
 
     folder: str
@@ -34,6 +35,8 @@ class BuildRecord:
     boot_s: float
     started_at: float
     has_secrets: bool = False
+    agents: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -62,6 +65,8 @@ def save(builds: Path, record: BuildRecord) -> None:
     """Remember a build. Raises HostError."""
     with writing_in(builds):
         builds.mkdir(mode=0o700, exist_ok=True)
+        if record.has_secrets:
+            _mark(builds).touch(mode=0o600)
     write_whole(_place(builds, record), json.dumps(asdict(record)).encode(), mode=0o600)
 
 
@@ -87,9 +92,18 @@ def load_all(builds: Path) -> list[BuildRecord]:
     return sorted(found, key=lambda record: record.started_at)
 
 
+def had_secrets(builds: Path) -> bool:
+    """Tell whether a build of a machine has had secrets since the machine was booted."""
+    return _mark(builds).exists()
+
+
 def lock_file(builds: Path, record: BuildRecord) -> Path:
     """Return the lock that is held by who brings the container image back."""
     return builds / f".{record.id}.lock"
+
+
+def _mark(builds: Path) -> Path:
+    return builds / ".had-secrets"
 
 
 def _place(builds: Path, record: BuildRecord) -> Path:

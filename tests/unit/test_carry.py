@@ -18,7 +18,7 @@ import zstandard
 from tests.unit.building import IMAGE, METADATA, Guest
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import carry, operate, reach, record, start
+from vmbuild import carry, host_agent, operate, reach, record, start
 from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
@@ -32,7 +32,7 @@ from vmbuild.errors import (
 )
 from vmbuild.follow import Watch
 from vmbuild.guard import Guard, Limits
-from vmbuild.guest import job, ready
+from vmbuild.guest import cache, job, ready
 from vmbuild.image import store
 from vmbuild.machine import bundle, facts, lifetime, suspension
 from vmbuild.machine.files import MachineFiles
@@ -477,6 +477,24 @@ def test_a_damaged_bundle_leaves_nothing(world: World, packed: Suspension, damag
     assert_nothing_left(world.there)
 
 
+@pytest.mark.parametrize(
+    ("place", "here"),
+    [("c", "c"), ("a/b", "a/b"), ("/etc/c", "c"), ("../c", "c"), ("/", "result"), ("a/../..", "result")],
+)
+def test_a_foreign_build_s_cache_goes_into_this_folder_and_it_gets_no_agent(
+    world: World, packed: Suspension, place: str, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+    monkeypatch.setattr(cache, "bring_home", lambda *args: places.append(args[2]))
+    monkeypatch.setattr(host_agent, "opened", lambda *_: pytest.fail("an agent was opened"))
+    rebuild(world, lambda about: about["builds"][0].update(caches=[place], agents=["default"]))
+    assert world.resume() is not None
+    (written,) = places
+    assert written.resolve().is_relative_to(world.cwd)
+    assert written == world.cwd / here
+    assert any("SSH agent" in line for line in world.heard)
+
+
 @pytest.mark.parametrize("place", ["/{}", "/tmp/../{}", "../{}", "out/../../{}"])
 def test_a_foreign_build_writes_nothing_outside_this_folder(
     world: World, packed: Suspension, tmp_path: Path, place: str
@@ -732,6 +750,51 @@ def test_facts_in_a_bundle_are_all_that_resuming_needs(world: World, packed: Sus
         "suspension": asdict(packed),
         "builds": [json.loads(json.dumps(asdict(replace(BUILD, cwd=""))))],
     }
+
+
+def test_where_keys_lie_does_not_travel(world: World) -> None:
+    record.save(world.files.builds, replace(BUILD, agents=("default", "git=/home/me/.ssh/secret-key")))
+    carry.suspend("box", world.bundle, world.here, SilentReporter())
+    told = json.dumps(bundle.read_facts(world.bundle))
+    assert '"agents": ["default", "git"]' in told
+    assert ".ssh" not in told
+
+
+def test_a_build_with_secrets_stays_here(world: World) -> None:
+    record.save(world.files.builds, replace(BUILD, has_secrets=True))
+    with pytest.raises(UsageError, match="secrets"):
+        carry.suspend("box", world.bundle, world.here, SilentReporter())
+    assert machines(world.here) == [("box", "running")]
+    carry.suspend("box", None, world.here, SilentReporter())
+    assert machines(world.here) == [("box", "suspended")]
+    with pytest.raises(UsageError, match="secrets"):  # packed later, they would travel too
+        carry.suspend("box", world.bundle, world.here, SilentReporter())
+    assert not world.bundle.exists()
+
+
+def test_that_secrets_were_in_a_machine_s_memory_is_told(world: World) -> None:
+    report = Listener()
+    record.save(world.files.builds, replace(BUILD, has_secrets=True))
+    record.forget(world.files.builds, BUILD)
+    carry.suspend("box", world.bundle, world.here, report)
+    assert [line for line in report.warnings if "builds with secrets have run" in line]
+    record.forget_all(world.files.builds)  # as a boot does
+    assert not record.had_secrets(world.files.builds)
+
+
+def test_a_build_with_secrets_that_began_meanwhile_is_not_packed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = operate.suspend
+
+    def suspend(*args: Any) -> Suspension:
+        record.save(world.files.builds, replace(BUILD, has_secrets=True))
+        return save(*args)
+
+    monkeypatch.setattr(operate, "suspend", suspend)
+    with pytest.raises(UsageError, match="secrets") as caught:
+        carry.suspend("box", world.bundle, world.here, SilentReporter())
+    assert "vmbuild up --name box" in caught.value.resolution
+    assert not world.bundle.exists()
+    assert machines(world.here) == [("box", "suspended")]
 
 
 def test_a_place_that_there_is_not_suspends_nothing(world: World, tmp_path: Path) -> None:

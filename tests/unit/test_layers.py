@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
+GROUND = {"errors", "model", "inputs", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
     *(
         "tree",
@@ -57,6 +57,9 @@ GUEST = {
     "keys",
     "job",
     "channel",
+    "secrets",
+    "agent",
+    "cache",
     "seed",
     "firstboot",
     "ssh",
@@ -80,12 +83,13 @@ COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "model": {"errors"},
+    "model": {"errors", "inputs"},
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
     "lock": {"report", "whole"},
     "address": set(),
+    "inputs": {"errors", "address"},
     "plain": set(),
     "record": {"plain", "whole"},
     "process": GROUND,
@@ -148,7 +152,10 @@ ALLOWED: dict[str, set[str]] = {
     "guest.channel": GROUND | {"guest.session"},
     "guest.transfer": GROUND | {"guest.session", "guest.channel"},
     "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
-    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
+    "guest.secrets": GROUND | {"guest.session"},
+    "guest.agent": GROUND | {"guest.session"},
+    "guest.docker": GROUND | {"guest.session", "guest.job", "guest.secrets", "guest.transfer"},
+    "guest.cache": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.oci": GROUND | {"guest.session"},
     "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
@@ -185,13 +192,17 @@ ALLOWED: dict[str, set[str]] = {
     | {"dockerhost", "passing", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
+    "host_agent": GROUND | {"process", "guest.agent"},
+    "supply": GROUND
+    | {"host_agent"}
+    | {f"guest.{name}" for name in ("agent", "channel", "context", "secrets", "session", "sync", "transfer")},
     "follow": GROUND
-    | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {"reach", "supply", "guest.cache", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
     | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "reach", "follow", "operate", "passing", "process", "settle", "image.base", "image.catalog"}
+    | {"start", "reach", "follow", "operate", "passing", "process", "settle", "supply", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
+    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom")}
     | {"guest.transfer"},
     "operate": GROUND
     | {"start", "reach", "dockerhost"}
@@ -218,8 +229,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli.options": {"errors", "settings", "cli.completion"},
     "cli.dockerhost": {"errors", "ui", "cli.options", "dockerhost", "operate", "ports"},
     "cli.inside": {"errors", "ui", "cli.completion", "cli.options", "copy", "operate"},
-    "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "build", "follow", "guard"}
-    | {"carry"},
+    "cli.ways_in": {"errors", "model", "inputs"},
+    "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "cli.ways_in"}
+    | {"build", "follow", "guard", "carry"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
     "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},
@@ -241,6 +253,7 @@ DOORS = {
         "settings",
         "cli.completion",
         "cli.options",
+        "cli.ways_in",
         "cli.app",
         "cli.program",
         *(f"cli.{name}" for name in COMMANDS),

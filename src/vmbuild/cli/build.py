@@ -14,6 +14,7 @@ import click
 
 from vmbuild.cli.completion import complete_platforms
 from vmbuild.cli.options import as_json, machine_options, name_argument, name_option, read_settings, start_options
+from vmbuild.cli.ways_in import take_inputs, ways_in
 from vmbuild.errors import UsageError
 from vmbuild.model import BuildRequest, BuildResult, format_size, parse_platforms
 from vmbuild.settings import BUILD_LIMITS, Settings
@@ -62,6 +63,7 @@ def platform_option(text: str) -> Callable[[F], F]:
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
 @click.option("--oom-retry", is_flag=True, help="Build again with more memory what runs out of it.")
+@ways_in
 @limit_options
 @suspend_to_option
 @start_options
@@ -71,6 +73,7 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
     from vmbuild import build, carry, ui
 
     begun = time.monotonic()
+    given = take_inputs(flags)
     job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
     job = {key: flags.pop(key) for key in job_keys}
     _check_job(job, as_json)
@@ -81,10 +84,12 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
         progress="plain" if progress == "auto" and terminal is None else progress,
         terminal=terminal,
         quiet=quiet,
+        inputs=given,
     )
     is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
     reporter = ui.TerminalReporter(quiet=quiet or is_pure)
     limits = _limits(found, found["name"], suspend_to, begun)
+    carry.check_secrets(limits, has_secrets=bool(given.secrets))
     with _standard_input() as stdin:
         machine = found.as_request()
         machine = replace(machine, pass_on=replace(machine.pass_on, carried=limits.suspend_to is not None))
@@ -111,8 +116,10 @@ def attach(positional: str | None, build_id: str | None, suspend_to: str | None,
     found = read_settings(flags, positional)
     reporter = ui.TerminalReporter()
     arguments = (found["name"], build_id, found.home(), reporter)
+    limits = _limits(found, found["name"], suspend_to, begun)
+    carry.check_secrets(limits, has_secrets=carry.holds_secrets(found["name"], found.home()))
     result = carry.within(
-        *(_limits(found, found["name"], suspend_to, begun), found["name"], found.home(), reporter),
+        *(limits, found["name"], found.home(), reporter),
         lambda guard: follow.attach(*arguments, stdout=sys.stdout.buffer, watch=guard),
     )
     _show_end(result, as_json=as_json)

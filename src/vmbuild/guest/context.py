@@ -9,11 +9,12 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from vmbuild.address import is_remote
 from vmbuild.errors import UsageError
 from vmbuild.guest.listing import Entry, entry_of
 from vmbuild.guest.session import Sink
@@ -115,12 +116,13 @@ class Context:
     """A build context on the host: its folder, its Dockerfile, and what stays at home.
 
     `dockerfile_inside` is its path relative to the context; None where it lies elsewhere (another folder, standard
-    input), and `dockerfile_content` is what travels.
+    input), and `dockerfile_content` is what travels, unless Docker fetches it from `dockerfile_url`.
     """
 
     folder: Path
     dockerfile_inside: str | None
     dockerfile_content: bytes = b""
+    dockerfile_url: str | None = None
     rules: IgnoreRules = field(default_factory=IgnoreRules)
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -197,7 +199,9 @@ def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Conte
             resolution="Name a folder, a Git URL, or - for a tar on standard input.",
         )
     if dockerfile == "-":
-        return Context(folder, None, stdin.read(), _read_rules([folder / ".dockerignore"]))
+        return replace(open_folder(folder), dockerfile_content=stdin.read())
+    if dockerfile and is_remote(dockerfile):
+        return replace(open_folder(folder), dockerfile_url=dockerfile)
     path = Path(dockerfile) if dockerfile else folder / "Dockerfile"
     if not path.is_file():
         raise UsageError(
@@ -207,8 +211,13 @@ def open_context(folder: Path, dockerfile: str | None, stdin: BinaryIO) -> Conte
     rules = _read_rules([Path(f"{path}.dockerignore"), folder / ".dockerignore"])
     place = path.parent.resolve() / path.name
     if place.is_relative_to(folder.resolve()):
-        return Context(folder, place.relative_to(folder.resolve()).as_posix(), b"", rules)
-    return Context(folder, None, _read(path), rules)
+        return Context(folder, place.relative_to(folder.resolve()).as_posix(), rules=rules)
+    return Context(folder, None, _read(path), rules=rules)
+
+
+def open_folder(folder: Path) -> Context:
+    """Return a folder as a build context that has no Dockerfile, but may have a .dockerignore. Raises UsageError."""
+    return Context(folder, None, rules=_read_rules([folder / ".dockerignore"]))
 
 
 def _read_rules(candidates: list[Path]) -> IgnoreRules:

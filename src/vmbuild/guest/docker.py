@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
-from vmbuild.guest import job
+from vmbuild.guest import job, secrets
 from vmbuild.guest.session import Output, Session, capture, send
 from vmbuild.guest.transfer import TAR, disk_full
 from vmbuild.model import BuildRequest
@@ -30,6 +30,7 @@ TAIL_BYTES = 64 * 1024
 KILLED = 255
 """What a session gives for a program that a signal ended, and no exit code of buildx's own."""
 
+_OLDER = "A machine of an older vmbuild has not what that needs: `vmbuild down`, then try again."
 _LOGS = "See `vmbuild logs`, and /var/log/docker.log in the guest (`vmbuild ssh`); then run the command again."
 
 
@@ -93,8 +94,10 @@ def workspace(session: Session) -> Iterator[Workspace]:
             remove_workspace(session, work)
 
 
-def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None) -> list[str]:
-    """Return buildx's argv for a build; `context` and `dockerfile` are as the guest sees them."""
+def build_argv(
+    asked: BuildRequest, work: Workspace, context: str, dockerfile: str | None, given: Sequence[str] = ()
+) -> list[str]:
+    """Return buildx's argv for a build; `context`, `dockerfile` and what it is given are as the guest sees them."""
     argv = [BUILDX, "build", "--platform", ",".join(asked.platforms), "--progress", asked.progress]
     argv += ["--metadata-file", work.metadata, "--provenance", "false"]
     argv += ["--output", "type=image,compression=uncompressed"]  # gzip in emulated Go makes 2 MB/s
@@ -105,7 +108,7 @@ def build_argv(asked: BuildRequest, work: Workspace, context: str, dockerfile: s
     argv += ["--file", dockerfile] if dockerfile else []
     argv += ["--no-cache"] if asked.no_cache else []
     argv += ["--pull"] if asked.pull else []
-    return [*argv, context]
+    return [*argv, *given, context]
 
 
 def write_client_config(session: Session, work: Workspace, content: str) -> str:
@@ -124,16 +127,27 @@ def start_build(
     stdin: str | None,
     terminal: tuple[int, int] | None,
     client: str | None = None,
+    held: Mapping[str, bytes] | None = None,
 ) -> None:
     """Start a build, whose standard input is a file in the guest; it goes on without us. Raises GuestError.
 
-    `client` is the folder of its client's `config.json`.
+    `client` is the folder of its client's `config.json`; `held` are files, by their names, that the guest keeps in
+    memory and wipes when the build ends.
     """
     own = [f"DOCKER_CONFIG={client}"] if client is not None else []
     argv = ["env", f"BUILDX_CONFIG={BUILDX_CONFIG}", *own, *argv]
     if stdin is not None:
         argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
-    job.start(session, work.folder, argv, terminal)
+    if held is None:
+        job.start(session, work.folder, argv, terminal)
+    else:
+        before, feed = secrets.put_before(work.folder), secrets.feed_of(held)
+        try:
+            job.start(session, work.folder, argv, terminal, before=before, feed=feed)
+        except GuestError as error:
+            raise GuestError(
+                "the guest cannot keep what the build is given in memory", details=error.details, resolution=_OLDER
+            ) from error
 
 
 class BuildLog:
@@ -198,6 +212,11 @@ def explain_failure(output: str, code: int) -> BuildError | GuestError:
 
 
 def _advice(what: str) -> str:
+    if re.search(r"docker/dockerfile(-upstream)?:", what):
+        return (
+            "The Dockerfile's `# syntax=` line asks for a front end from a registry. Without one, leave the line out: "
+            "Docker in the guest reads the stable syntax itself."
+        )
     if re.search(r"failed to resolve source metadata|failed to do request|dial tcp|no such host|i/o timeout", what):
         return (
             "The guest could not reach the registry. For a Debian base image, `vmbuild base debian:trixie-slim` "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmbuild.deadline import Deadline
-from vmbuild.guest.session import Output, Session, Tick, capture
+from vmbuild.guest.session import Feed, Output, Session, Tick, capture
 
 PROGRAM = "/usr/lib/vmbuild/job"
 START_S = 60.0
@@ -16,10 +16,22 @@ STOP_S = 60.0
 """Longer than the three signals take that it sends, by its own limits."""
 
 
-def start(session: Session, folder: str, argv: Sequence[str], terminal: tuple[int, int] | None) -> None:
-    """Start a program in a folder, on a terminal of so many columns and rows if there are. Raises GuestError."""
+def start(
+    session: Session,
+    folder: str,
+    argv: Sequence[str],
+    terminal: tuple[int, int] | None,
+    *,
+    before: Sequence[str] = (),
+    feed: Feed | None = None,
+) -> None:
+    """Start a program in a folder, on a terminal of so many columns and rows if there are. Raises GuestError.
+
+    `before` are words of a program that becomes the one that starts it, when it has read what is fed.
+    """
     columns, rows = terminal or (0, 0)
-    capture(session, [PROGRAM, "start", folder, str(columns), str(rows), *argv], deadline=Deadline.after(START_S))
+    words = [*before, PROGRAM, "start", folder, str(columns), str(rows), *argv]
+    capture(session, words, feed=feed, deadline=Deadline.after(START_S))
 
 
 def follow(session: Session, folder: str, offset: int, output: Output, on_tick: Tick) -> int:

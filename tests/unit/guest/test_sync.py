@@ -8,6 +8,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,24 @@ def test_the_oldest_that_nobody_uses_goes(world: World, monkeypatch: pytest.Monk
         time.sleep(0.02)
     sync.clear(world.guest)
     assert len(world.copies()) == 1, "a build reads it"
+
+
+def test_a_build_that_takes_several_loses_none_of_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "MOST", 2)
+    old, other, new = (world.source.parent / name for name in ("old", "other", "new"))
+    for folder in (old, other, new):
+        shutil.copytree(world.source, folder)
+    for world.source in (old, other):
+        world.build()
+        time.sleep(0.02)
+    with ExitStack() as until_begun:
+        taken = []
+        for world.source in (old, new):
+            claim = sync.claimed(world.guest, world.context(), world.work("both"), world.listings)
+            copy = until_begun.enter_context(claim)
+            assert copy is not None
+            taken.append(world.guest.root / copy.key)
+        assert world.copies() == sorted(taken)
 
 
 def test_a_file_that_cannot_be_read_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
