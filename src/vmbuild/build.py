@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, operate, process, record, settle
+from vmbuild import deliver, follow, operate, process, record, settle
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, bases, context, docker, oom, sync, transfer
+from vmbuild.guest import bases, context, docker, oom, sync, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -84,7 +84,7 @@ def _build_once(
     arch = settle.machine_arch(request, files, home.cache)
     asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
     source = None if _is_remote(asked.context) else context.open_context(Path(asked.context), asked.dockerfile, stdin)
-    archive.check_output(asked.output)
+    deliver.check_all(asked.outputs, asked.tags, asked.platforms, str(Path.cwd()))
     _forget_old_results(asked)
     with open_session(request, home, report) as session:
         work = docker.make_workspace(session)
@@ -120,7 +120,7 @@ def _start(
     started = BuildRecord(
         folder=work.folder,
         tags=asked.tags,
-        output=asked.output,
+        outputs=tuple(each.text for each in asked.outputs),
         iidfile=str(asked.iidfile) if asked.iidfile else None,
         metadata_file=str(asked.metadata_file) if asked.metadata_file else None,
         quiet=asked.quiet,

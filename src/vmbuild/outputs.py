@@ -74,6 +74,12 @@ class Output:
         return self.kind in (Kind.REGISTRY, Kind.LOAD)
 
     @property
+    def deed(self) -> str:
+        """What it does, for a sentence."""
+        verbs = {Kind.REGISTRY: "push to", Kind.LOAD: "load into"}
+        return f"{verbs.get(self.kind, 'write')} {','.join(self.names) or self.dest or 'the registry of its tags'}"
+
+    @property
     def text(self) -> str:
         """This output as `parse_output` reads it."""
         fields = [f"type={self.kind}"]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
-from vmbuild.errors import HostError
+from vmbuild.errors import HostError, UsageError
 from vmbuild.guest.flatten import Node, Tree, Words
+from vmbuild.guest.image import Image
 from vmbuild.guest.session import Sink
 from vmbuild.model import MIB
 from vmbuild.report import Meter, Reporter
-from vmbuild.whole import writing_in
+from vmbuild.whole import open_whole, write_whole, writing_in
 
 CHUNK_BYTES = MIB
 XATTR = "SCHILY.xattr."
@@ -25,6 +27,50 @@ NOT_FOLLOWED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Trees = Sequence[tuple[str, Tree]]
 """File systems, each with the name of the folder that it goes into; empty for none."""
+
+
+def check_folder(target: Path) -> None:
+    """See that a folder can be written, or made. Raises HostError or UsageError."""
+    at = target.resolve()
+    if (target.exists() and not target.is_dir()) or not at.parent.is_dir():
+        raise UsageError(f"cannot write to the folder {target}", resolution="Name a folder, in a folder that exists.")
+    if not os.access(at.parent, os.W_OK) or (at.exists() and not os.access(at, os.W_OK)):
+        raise HostError(f"cannot write to the folder {target}: no permission", resolution="Name another place.")
+
+
+def write_layout(image: Image, names: Sequence[str], target: Path, path_of: Callable[[str], Path]) -> int:
+    """Write an OCI layout into a folder, beside what that has under other names; return the bytes of it.
+
+    Raises HostError.
+    """
+    blobs, target = target / "blobs" / "sha256", target.resolve()
+    with writing_in(target):
+        blobs.mkdir(parents=True, exist_ok=True)
+        for blob in image.each_blob_once():
+            with path_of(blob.digest).open("rb") as source, open_whole(blobs / blob.digest) as out:
+                shutil.copyfileobj(source, out, CHUNK_BYTES)
+    for digest, data in image.documents.items():
+        write_whole(blobs / digest, data)
+    tables = image.tables(names)
+    index = _beside_others(target / "index.json", cast(dict[str, Any], tables["index.json"]))
+    write_whole(target / "oci-layout", json.dumps(tables["oci-layout"]).encode())
+    write_whole(target / "index.json", json.dumps(index).encode())
+    return sum(blob.size for blob in image.each_blob_once()) + sum(map(len, image.documents.values()))
+
+
+def _beside_others(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Return an index with the entries of an older one that have names of their own."""
+    try:
+        others = [each for each in json.loads(path.read_bytes())["manifests"] if _name_of(each)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return index
+    ours = {_name_of(each) for each in index["manifests"]}
+    return {**index, "manifests": [*(each for each in others if _name_of(each) not in ours), *index["manifests"]]}
+
+
+def _name_of(entry: Any) -> str:
+    notes = entry.get("annotations") or {}
+    return str(notes.get("io.containerd.image.name") or notes.get("org.opencontainers.image.ref.name") or "")
 
 
 def write_tar(trees: Trees, out: Sink, report: Reporter) -> int:
