@@ -233,7 +233,8 @@ def _kept_inside(build: BuildRecord, report: Reporter, *, trusted: bool) -> Buil
         inside = os.path.normpath(Path(build.cwd) / path)
         if Path(build.cwd) in Path(inside).parents:
             return path
-        name = Path(path).name or "output"
+        name = Path(path).name
+        name = name if name not in ("", "..") else "output"
         report.warn(f"the build in the bundle wants to write {path}: here it is {name} in this folder")
         return name
 

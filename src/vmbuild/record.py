@@ -21,7 +21,8 @@ class BuildRecord:
     """A build that was started, and what its command asked to be done with what comes of it.
 
     `folder` is the build's workspace in the guest, `outputs` are as `outputs.parse_output` reads them. Paths are as the
-    user wrote them, relative to `cwd`. `boot_s` is the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here.
+    user wrote them, relative to `cwd`. `boot_s` is the guest's time since boot at its start, `started_at` is in POSIX
+    seconds. No build argument is kept here.
     """
 
     folder: str

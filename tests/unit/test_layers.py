@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
+GROUND = {"errors", "outputs", "model", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
     *(
         "tree",
@@ -71,20 +71,27 @@ GUEST = {
     "transfer",
     "archive",
     "oci",
+    "image",
+    "compress",
+    "blobs",
+    "rewrite",
+    "flatten",
+    "folder",
     "bases",
 }
 COMMANDS = {"build", "machine", "top", "cache", "host"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "model": {"errors"},
+    "outputs": {"errors"},
+    "model": {"errors", "outputs"},
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
     "lock": {"report", "whole"},
     "address": set(),
     "plain": set(),
-    "record": {"plain", "whole"},
+    "record": {"errors", "outputs", "plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.table": GROUND,
@@ -146,7 +153,21 @@ ALLOWED: dict[str, set[str]] = {
     "guest.sync": GROUND | {f"guest.{name}" for name in ("session", "channel", "context", "listing", "transfer")},
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.transfer"},
     "guest.oci": GROUND | {"guest.session"},
-    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
+    "guest.image": GROUND | {"guest.session", "guest.oci"},
+    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci", "guest.image"},
+    "guest.compress": GROUND,
+    "guest.blobs": GROUND | {f"guest.{name}" for name in ("session", "channel", "oci", "image", "archive", "compress")},
+    "guest.rewrite": GROUND | {"guest.oci", "guest.image", "guest.blobs"},
+    "guest.flatten": GROUND | {"guest.compress"},
+    "guest.folder": GROUND | {"guest.session", "guest.image", "guest.flatten"},
+    "registry.logins": GROUND | {"process"},
+    "registry.transport": GROUND | {"registry.logins"},
+    "registry.push": GROUND | {"registry.transport"},
+    "load": GROUND | {"process"},
+    "board": GROUND | {"process"},
+    "deliver": GROUND
+    | {"load", "board", *(f"registry.{name}" for name in ("logins", "transport", "push"))}
+    | {f"guest.{name}" for name in ("session", "archive", "blobs", "flatten", "folder", "image", "oci", "rewrite")},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
     "settle": GROUND
     | {"image.catalog", "image.given"}
@@ -163,12 +184,12 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "follow": GROUND
-    | {"reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
-    | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
+    | {"deliver", "reach", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {f"guest.{name}" for name in ("session", "archive", "blobs", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
+    | {"deliver", "start", "reach", "follow", "operate", "process", "settle", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom", "sync")}
+    | {f"guest.{name}" for name in ("session", "bases", "channel", "context", "docker", "oom", "sync")}
     | {"guest.transfer"},
     "operate": GROUND
     | {"start", "reach"}
@@ -176,7 +197,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "reach", "operate", "follow", "guard", "guest.keys"}
+    | {"deliver", "start", "reach", "operate", "follow", "guard", "guest.keys"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
     | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
@@ -188,7 +209,9 @@ ALLOWED: dict[str, set[str]] = {
     "settings": GROUND,
     "ui": GROUND,
     "cli.options": {"errors", "settings"},
-    "cli.build": {"errors", "model", "settings", "ui", "cli.options", "build", "follow", "guard", "carry"},
+    "cli.ways_out": {"errors", "model", "outputs"},
+    "cli.build": {"errors", "model", "outputs", "settings", "ui", "cli.options", "cli.ways_out"}
+    | {"build", "follow", "guard", "carry"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
     "cli.top": {"errors", "model", "ui", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "settings", "ui", "cli.options", "start", "stock", "machine.snapshot"},
@@ -200,13 +223,20 @@ ALLOWED: dict[str, set[str]] = {
 
 DOORS = {
     "subprocess": {"process"},
-    "requests": {"image.http"},
+    "requests": {"image.http", "registry.transport"},
     "urllib3": {"image.http"},
     "paramiko": {"guest.ssh"},
     "qemu": {"machine.qmp"},
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
-    "click": {"settings", "cli.options", "cli.app", "cli.program", *(f"cli.{name}" for name in COMMANDS)},
+    "click": {
+        "settings",
+        "cli.options",
+        "cli.ways_out",
+        "cli.app",
+        "cli.program",
+        *(f"cli.{name}" for name in COMMANDS),
+    },
     "cryptography": {"guest.keys"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},
