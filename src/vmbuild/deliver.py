@@ -181,14 +181,13 @@ class Delivery:
         wanted = {part.digest for part in missing}
         self._blobs.bring(blob for blob in image.each_blob_once() if blob.digest in wanted)
         with self._report.meter("push", sum(part.size for part in missing)) as meter:
-            for part in missing:
-                repository.upload(part, self._blobs.path(part.digest), meter)
+            sent = sum(repository.upload(part, self._blobs.path(part.digest), meter) for part in missing)
         for entry in image.entries() if image.is_index else []:
             digest = oci.Blob.from_descriptor(entry).digest
             repository.put_manifest(f"sha256:{digest}", str(entry["mediaType"]), image.documents[digest])
         for name in names or [f"sha256:{image.digest}"]:
             repository.put_manifest(name, image.media_type, image.documents[image.digest])
-        return sum(part.size for part in missing)
+        return sent
 
     def _wanted(self, output: Output) -> Image:
         """Return the container image as an output wants it."""

@@ -82,18 +82,22 @@ class Repository:
         url = f"/v2/{self._name}/blobs/sha256:{part.digest}"
         return self._transport.ask("HEAD", url, self._scope, good=(200, 307, 404)).status != 404
 
-    def upload(self, part: Part, path: Path, meter: Meter) -> None:
-        """Send a blob; where the line breaks it goes on with what the registry has. Raises DeliveryError."""
+    def upload(self, part: Part, path: Path, meter: Meter) -> int:
+        """Send a blob, unless it lies in a repository beside; return the bytes that were sent.
+
+        Where the line breaks it goes on with what the registry has. Raises DeliveryError.
+        """
         location = self._begin(part)
         if location is None:
             meter.advance(part.size)
-            return
+            return 0
         upload = _Upload(self._transport, self._scope, location, path, part.size, meter)
         upload.send(whole=self._whole)
         self._whole = self._whole and not upload.was_too_large
         separator = "&" if "?" in upload.location else "?"
         done = f"{upload.location}{separator}digest=sha256:{part.digest}"
         self._transport.ask("PUT", done, self._scope, good=(MADE, 204))
+        return part.size
 
     def _begin(self, part: Part | None) -> str | None:
         """Begin an upload and return its URL; None when the registry took the blob from a repository beside."""

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import ssl
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,17 +151,12 @@ class Transport:
 
     def _send_over(self, scheme: str, method: str, url: str, headers: Mapping[str, str], body: Body) -> Answer:
         whole = urljoin(f"{scheme}://{self._host}", url)
-        content = body()
-        data: Any = content or None
-        with self._session.request(
-            method,
-            whole,
-            headers=headers,
-            data=data,
-            stream=True,
-            timeout=TIMEOUTS_S,
-            allow_redirects=method == "GET",
-        ) as response:
+        data: Any = body() or None
+        options: dict[str, Any] = {"stream": True, "timeout": TIMEOUTS_S, "allow_redirects": method == "GET"}
+        with (
+            _quiet_about_certificates(),
+            self._session.request(method, whole, headers=headers, data=data, **options) as response,
+        ):
             names = {name.lower(): value for name, value in response.headers.items()}
             if "location" in names:
                 names["location"] = urljoin(response.url, names["location"])
@@ -244,6 +240,14 @@ def _tls(registry: str, *, loose: bool) -> ssl.SSLContext:
     if loose:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
+
+
+@contextmanager
+def _quiet_about_certificates() -> Iterator[None]:
+    """Keep urllib3 from warning, request for request, of what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unverified HTTPS request")
+        yield
 
 
 def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
