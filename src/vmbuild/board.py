@@ -30,12 +30,14 @@ CONNECTION_BROKE = 255
 """ssh's own exit code. Source: ssh(1)."""
 
 DAMAGED = 65
+CUT_SHORT = 66
 DOCKER = "docker version --format '{{.Server.Version}}' >/dev/null"
 FOLDER = 'd=$HOME/.cache/vmbuild; mkdir -p "$d" && chmod 700 "$d"'
 
 ASK = f"""{FOLDER} && uname -m && {{ [ ! -e "$d/$1" ] || wc -c <"$d/$1"; }}"""
 # What arrives twice lands in the same place: a connection that seemed broken may still have had bytes on the way.
 TAKE = f"""{FOLDER} && f=$d/$1 && dd ibs=65536 obs={PIECE_BYTES} seek="$2" conv=notrunc of="$f" || exit
+[ "$(wc -c <"$f")" -ge "$3" ] || exit {CUT_SHORT}
 [ "$(sha256sum <"$f" | cut -c 1-64)" = "$1" ] || {{ rm -f "$f"; exit {DAMAGED}; }}
 docker load <"$f" || exit
 rm -f "$f" """
@@ -142,7 +144,7 @@ def _ask_how_far(board: Board, parcel: Parcel) -> int:
 def _send(board: Board, parcel: Parcel, begin: int, progress: _Progress) -> None:
     try:
         with (
-            process.feed(board.argv(TAKE, parcel.digest, str(begin // PIECE_BYTES))) as pipe,
+            process.feed(board.argv(TAKE, parcel.digest, str(begin // PIECE_BYTES), str(parcel.size))) as pipe,
             parcel.path.open("rb") as file,
         ):
             file.seek(begin)
@@ -155,7 +157,7 @@ def _send(board: Board, parcel: Parcel, begin: int, progress: _Progress) -> None
 
 def _judge(board: Board, error: process.CommandError) -> Exception:
     """Return what a failure means: one that another try may mend, or one for good."""
-    if error.code in (CONNECTION_BROKE, DAMAGED) and not re.search(
+    if error.code in (CONNECTION_BROKE, DAMAGED, CUT_SHORT) and not re.search(
         r"Permission denied|Host key verification|Could not resolve|REMOTE HOST IDENTIFICATION", error.output
     ):
         return _Interrupted(error)

@@ -173,8 +173,8 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("localhost", True), ("localhost:5000", True), ("127.0.0.1:5000", True), ("[::1]:5000", True)]
-    + [
+    [
+        *((name, True) for name in ("localhost", "localhost:5000", "127.0.0.1:5000", "[::1]:5000")),
         ("localhost.example.org", False),
         ("127.0.0.1.example.org", False),
         ("10.0.0.1:5000", False),
