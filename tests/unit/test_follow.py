@@ -440,10 +440,10 @@ def test_a_build_that_is_done_is_one_though_its_guest_goes_at_this_moment(
     ids=str,
 )
 def test_a_place_that_cannot_be_written_costs_no_build(
-    attach: Attach, guest: Guest, files: MachineFiles, first: BuildRecord, change: dict[str, str]
+    attach: Attach, guest: Guest, files: MachineFiles, first: BuildRecord, change: dict[str, Any]
 ) -> None:
     """Its folder may have gone since it was started, or never have been on this host."""
-    elsewhere = replace(first, **change)  # type: ignore[arg-type]
+    elsewhere = replace(first, **change)
     record.save(files.builds, elsewhere)
     with pytest.raises(UsageError, match="cannot write"):
         attach()

@@ -90,10 +90,14 @@ class _Rewriting:
         manifest = {
             **old.top,
             "mediaType": _DOCUMENTS[self._family][1],
-            "config": {**cast(Descriptor, old.top["config"]), "mediaType": _DOCUMENTS[self._family][2]},
+            "config": self._config(cast(Descriptor, old.top["config"])),
             "layers": [self._layer(cast(Descriptor, each)) for each in cast(list[object], old.top["layers"])],
         }
         return self._replace(entry, old, manifest)
+
+    def _config(self, config: Descriptor) -> Descriptor:
+        is_known = any(config.get("mediaType") == names[2] for names in _DOCUMENTS.values())
+        return {**config, "mediaType": _DOCUMENTS[self._family][2]} if is_known else config
 
     def _layer(self, layer: Descriptor) -> Descriptor:
         blob = Blob.from_descriptor(layer)

@@ -229,8 +229,8 @@ def test_a_folder_that_cannot_be_written_is_known_before(tmp_path: Path) -> None
 def test_a_layout_keeps_the_container_images_that_it_has(tmp_path: Path) -> None:
     host, target = Host(tmp_path / "blobs"), tmp_path / "layout"
     one, two, three = (host.image(make_layer(("a", str(number)))) for number in range(3))
-    for image, names in ((one, ["a:1"]), (two, ["a:2", "b"]), (three, ["a:1"])):
-        folder.write_layout(image, names, target, host.blobs.path)
+    for image, tags in ((one, ["a:1"]), (two, ["a:2", "b"]), (three, ["a:1"])):
+        folder.write_layout(image, tags, target, host.blobs.path)
     entries = json.loads((target / "index.json").read_text())["manifests"]
     names = {each["annotations"]["io.containerd.image.name"]: each["digest"][7:] for each in entries}
     assert names == {

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vmbuild.guest import compress, oci
 from vmbuild.guest.compress import open_plain
 from vmbuild.guest.rewrite import Wish, rewrite
 
-UNPACK = {
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
     "uncompressed": lambda data: data,
     "gzip": gzip.decompress,
     "zstd": lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data),

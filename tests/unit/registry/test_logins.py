@@ -68,7 +68,8 @@ def test_a_login_in_the_file(find: Callable[..., Login | None], registry: str, k
 def test_other_forms_of_it(find: Callable[..., Login | None]) -> None:
     assert find("r.io", {"auths": {"r.io": {"username": "me", "password": "pw"}}}) == Login("me", "pw")
     assert find("r.io", {"auths": {"r.io": {"identitytoken": "t"}}}) == Login("", "", "t")
-    for nothing in ({}, {"auths": {"r.io": {}}}, {"auths": []}, {"auths": {"r.io": {"auth": "%"}}}, "[]"):
+    nothings: list[Any] = [{}, {"auths": {"r.io": {}}}, {"auths": []}, {"auths": {"r.io": {"auth": "%"}}}, "[]"]
+    for nothing in nothings:
         assert find("r.io", nothing) is None
 
 

@@ -85,7 +85,7 @@ def test_a_line_that_always_breaks_is_given_up(registry: FakeRegistry, blob: tup
     registry.breaks = [0] * 50
     with pytest.raises(DeliveryError, match="did not take the container image"):
         upload(registry, blob)
-    assert len(registry.breaks) == 50 - push.TRIES
+    assert len(registry.breaks) == 50 - transport.TRIES
 
 
 def test_a_layer_that_is_too_large_is_sent_in_parts(
