@@ -89,11 +89,11 @@ def write_archive(
 ) -> int:
     """Write the container image with this digest as an archive; return the bytes written.
 
-    A manifest makes a docker archive; an index (of several platforms, say) an OCI archive of all that it names, without
-    a preference among them. Every blob is checked against its digest on the way. Raises GuestError when one does not
-    match.
+    One platform makes a docker archive, without what is attested of it; an index of several an OCI archive of all that
+    it names, without a preference among them. Every blob is checked against its digest on the way. Raises GuestError
+    when one does not match.
     """
-    image, archive = read_image(session, digest.removeprefix("sha256:")), ArchiveWriter(out)
+    image, archive = read_image(session, digest.removeprefix("sha256:")).single(), ArchiveWriter(out)
     blobs = image.each_blob_once()
     with report.meter("export", sum(blob.size for blob in blobs)) as meter:
         copy_blobs(session, blobs, known, archive, meter, channel)

@@ -7,6 +7,7 @@ to another entry. Source: the OCI image specification 1.1, layer.md (whiteouts, 
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ MOST_LINKS = 40
 
 MOST_FOLDERS = 256
 """So deep a path may go; Linux itself ends at 2048."""
+
+MOST_SECONDS = 2.0**33
+MOST_DEVICES = 0o10000000
+"""Tar has seven digits for a device's number."""
 
 Words = tuple[str, ...]
 
@@ -73,7 +78,7 @@ class Tree:
         wanted = {(node.layer, node.number): node for node in self.nodes() if node.info.isreg()}
         for layer in sorted({layer for layer, _ in wanted}):
             with _open(self._layers[layer]) as tar:
-                for number, member in enumerate(tar):
+                for number, member in _number(tar):
                     node = wanted.get((layer, number))
                     content = tar.extractfile(member) if node is not None else None
                     if node is not None and content is not None:
@@ -86,7 +91,7 @@ class Tree:
     def _lay(self, layer: int) -> None:
         """Put a layer over those below: first what it hides of them, then what it has."""
         with _open(self._layers[layer]) as tar:
-            members = [(number, member, _split(member.name)) for number, member in enumerate(tar)]
+            members = [(number, member, _split(member.name)) for number, member in _number(tar)]
         for _, _, words in members:
             if words and words[-1].startswith(WHITEOUT):
                 self._hide(words)
@@ -168,6 +173,25 @@ def _walk(node: Node, words: Words) -> Iterator[tuple[Node, Words]]:
         yield at, path
         children = sorted((at.children or {}).items(), reverse=True)
         stack += [(child, (*path, name)) for name, child in children]
+
+
+def _number(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """Yield the members of a layer with their numbers, each further on than the one before. Raises GuestError."""
+    at = -1
+    for number, member in enumerate(tar):
+        if member.offset <= at or member.size < 0:  # tarfile would read the same ones for ever
+            raise GuestError(f"a layer of the container image says of {member.name!r} that it ends before it begins")
+        at = member.offset
+        yield number, _tidy(member)
+
+
+def _tidy(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member whose numbers can be written again. Raises GuestError for a device that cannot be."""
+    seconds = float(member.mtime)
+    member.mtime = min(max(seconds, 0), MOST_SECONDS) if math.isfinite(seconds) else 0
+    if member.isdev() and not all(0 <= each < MOST_DEVICES for each in (member.devmajor, member.devminor)):
+        raise GuestError(f"a layer of the container image has a device that cannot be: {member.name!r}")
+    return member
 
 
 def _split(name: str) -> Words:

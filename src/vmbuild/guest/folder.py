@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from vmbuild.errors import HostError, UsageError
+from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest.flatten import Node, Tree, Words
 from vmbuild.guest.image import Image
 from vmbuild.guest.session import Sink
@@ -99,9 +99,13 @@ class _Counted:
 
 @contextmanager
 def _metered(trees: Trees, report: Reporter) -> Iterator[Meter]:
+    """Measure what is written, and say of a layer that it is damaged where that shows only now."""
     total = sum(node.info.size for _, tree in trees for node in tree.nodes() if node.info.isreg())
     with report.meter("write", total) as meter:
-        yield meter
+        try:
+            yield meter
+        except tarfile.TarError as error:
+            raise GuestError("a layer of the container image is damaged", details=str(error)) from error
 
 
 def _add_tree(tar: tarfile.TarFile, prefix: str, tree: Tree, meter: Meter) -> None:
@@ -202,8 +206,7 @@ def _write_file(path: Path, node: Node, content: IO[bytes], meter: Meter) -> Non
 
 
 def _set_time(handle: int, node: Node) -> None:
-    seconds = min(max(float(node.info.mtime), 0.0), 2.0**33)
-    os.utime(handle, (seconds, seconds))
+    os.utime(handle, (node.info.mtime, node.info.mtime))
 
 
 def _move_all(made: Path, target: Path, folders: Mapping[Words, Node]) -> None:

@@ -124,7 +124,7 @@ class _Rewriting:
             "layers": [_name(cast(Descriptor, was), now) for was, now in zip(_layers(old), made, strict=True)],
         }
         notes = dict(cast(dict[str, str], entry["annotations"]))
-        notes[SUBJECT] = self._new_name(notes.get(SUBJECT, ""))
+        notes[SUBJECT] = self._new_name(str(notes.get(SUBJECT, "")))
         return {**self._replace(entry, old, manifest), "annotations": notes}
 
     def _statement(self, layer: Blob) -> Blob:

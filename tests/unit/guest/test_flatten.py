@@ -217,6 +217,19 @@ def test_a_damaged_layer_is_said(layers: Layers, data: bytes) -> None:
     assert not layers.target.exists()
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "-5", "1e300"])
+def test_a_time_that_is_none_is_another(layers: Layers, seconds: str) -> None:
+    layer = make_layer(("d", {"type": tarfile.DIRTYPE}), ("d/a", {"pax_headers": {"mtime": seconds}, "data": b"1"}))
+    assert layers.tar(layer) == {"d": None, "d/a": "1"}
+    assert layers.files(layer) == {"d": None, "d/a": "1"}
+
+
+def test_a_layer_that_leads_round_is_refused(layers: Layers) -> None:
+    layer = make_layer(("a", {"pax_headers": {"size": "-1024"}}), ("b", "1"))
+    with pytest.raises(GuestError):
+        layers.tree(layer)
+
+
 def test_a_folder_that_cannot_be_written_is_known_before(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for target in (tmp_path / "file", tmp_path / "none" / "folder"):
