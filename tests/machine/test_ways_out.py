@@ -24,7 +24,7 @@ pytestmark = pytest.mark.machine
 DOCKERFILE = f"""\
 FROM {BASE}
 COPY a.txt many /data/
-RUN set -e; ln -s ../data/a.txt /srv/link; ln /data/a.txt /data/hard; mkfifo /srv/pipe; chmod 4755 /data/f1
+RUN set -e; ln -s ../data/a.txt /srv/link; echo 1 >/data/one; ln /data/one /data/two; mkfifo /srv/pipe; chmod 4755 /data/f1
 RUN rm /data/f2 /etc/issue; rm -r /srv; mkdir /srv; echo new >/srv/new; chown 1000:1000 /srv/new
 """
 MIB = 1024 * 1024
@@ -75,7 +75,7 @@ def test_every_archive_is_the_same_container_image(built: Built) -> None:
     places = {
         "plain": f"docker-archive:{built.folder}/d.tar",
         "gzip": f"docker-archive:{built.folder}/g.tar",
-        "zstd": f"oci-archive:{built.folder}/z.tar",
+        "zstd": f"oci-archive:{built.folder}/z.tar:1",
         "layout": f"oci:{built.folder}/layout:1",
     }
     configs = {name: skopeo("--config", place) for name, place in places.items()}
@@ -87,7 +87,7 @@ def test_every_archive_is_the_same_container_image(built: Built) -> None:
         subprocess.run(
             ["skopeo", "copy", "--quiet", "--insecure-policy", place, f"dir:{built.folder}/copy-{name}"], check=True
         )
-    kinds = [each["MIMEType"].rpartition("+")[2] for each in skopeo(places["zstd"])["LayersData"]]
+    kinds = [each["mediaType"].rpartition("+")[2] for each in skopeo("--raw", places["zstd"])["layers"]]
     assert kinds[1:] == ["zstd"] * 3  # the base image's own layer stays as it is
     sizes = {name: (built.folder / name).stat().st_size for name in ("d.tar", "g.tar", "z.tar")}
     assert sizes["d.tar"] - 7 * MIB > max(sizes["g.tar"], sizes["z.tar"])
@@ -149,7 +149,7 @@ def test_the_files_are_those_that_a_container_has(built: Built, based: Cli) -> N
 
 def test_a_folder_has_them_as_the_users(built: Built) -> None:
     files = built.folder / "files"
-    assert (files / "data" / "hard").samefile(files / "data" / "a.txt")
+    assert (files / "data" / "one").samefile(files / "data" / "two")
     assert (files / "srv" / "new").read_text() == "new\n"
     assert (files / "srv" / "new").stat().st_uid == os.getuid()
     assert (files / "data" / "f1").stat().st_mode & 0o7777 == 0o755
@@ -185,9 +185,8 @@ def test_several_platforms_with_provenance(built: Built, based: Cli, tmp_path: P
     digest = done.json()["image_id"]
     subprocess.run([*argv, f"docker://{built.registry.host}/multi@{digest}", f"dir:{tmp_path}/pulled"], check=True)
     subprocess.run([*argv[:-1], f"oci-archive:{tmp_path}/m.tar", f"dir:{tmp_path}/archived"], check=True)
-    statements = [
-        json.loads(path.read_bytes()) for path in (tmp_path / "pulled").iterdir() if b"slsa" in path.read_bytes()[:600]
-    ]
+    documents = [json.loads(path.read_bytes()) for path in (tmp_path / "pulled").iterdir() if path.name != "version"]
+    statements = [each for each in documents if "predicateType" in each]
     assert {each["subject"][0]["digest"]["sha256"] for each in statements} == {each[7:] for each in digests}
     assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["arm", "arm64"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"linux_arm64", "linux_arm_v7"}

@@ -118,7 +118,7 @@ def _add_tree(tar: tarfile.TarFile, prefix: str, tree: Tree, meter: Meter) -> No
     for node, content in tree.contents():
         tar.addfile(_member(node, (*before, *node.names[0])), cast(IO[bytes], _Metered(content, meter)))
         for name in node.names[1:]:
-            tar.addfile(_hard_link((*before, *name), (*before, *node.names[0])))
+            tar.addfile(_hard_link(node, (*before, *name), (*before, *node.names[0])))
     for node in nodes:
         if not node.is_folder and not node.info.isreg():
             for name in node.names:
@@ -144,9 +144,9 @@ def _member(node: Node, words: Words) -> tarfile.TarInfo:
     return info
 
 
-def _hard_link(words: Words, target: Words) -> tarfile.TarInfo:
-    info = tarfile.TarInfo("/".join(words))
-    info.type, info.linkname = tarfile.LNKTYPE, "/".join(target)
+def _hard_link(node: Node, words: Words, target: Words) -> tarfile.TarInfo:
+    info = _member(node, words)
+    info.type, info.linkname, info.size = tarfile.LNKTYPE, "/".join(target), 0
     return info
 
 

@@ -100,6 +100,12 @@ def test_hard_links_outlive_their_first_name(layers: Layers) -> None:
     lower = make_layer(("a", "same"), ("b", hard_link("a")), ("c", hard_link("./b")))
     assert layers.tar(lower) == {"a": "same", "b": "a", "c": "a"}
     assert layers.tar(lower, make_layer((".wh.a", ""))) == {"b": "same", "c": "b"}
+    out = io.BytesIO()
+    owned = {"data": b"1", "mode": 0o4750, "uid": 7}
+    folder.write_tar([("", layers.tree(make_layer(("a", owned), ("b", hard_link("a")))))], out, SilentReporter())
+    out.seek(0)
+    with tarfile.open(fileobj=out) as tar:
+        assert [(each.mode, each.uid, each.size) for each in tar] == [(0o4750, 7, 1), (0o4750, 7, 0)]
     layers.files(lower, make_layer((".wh.a", "")))
     assert (layers.target / "b").samefile(layers.target / "c")
 
