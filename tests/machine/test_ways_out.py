@@ -24,7 +24,7 @@ pytestmark = pytest.mark.machine
 DOCKERFILE = f"""\
 FROM {BASE}
 COPY a.txt many /data/
-RUN set -e; ln -s ../data/a.txt /srv/link; echo 1 >/data/one; ln /data/one /data/two; mkfifo /srv/pipe; chmod 4755 /data/f1
+RUN ln -s ../data/a.txt /srv/link; echo 1 >/data/one; ln /data/one /data/two; mkfifo /srv/pipe; chmod 4755 /data/f1
 RUN rm /data/f2 /etc/issue; rm -r /srv; mkdir /srv; echo new >/srv/new; chown 1000:1000 /srv/new
 """
 MIB = 1024 * 1024
