@@ -216,7 +216,9 @@ def test_a_folder_of_the_user_is_no_file(layers: Layers) -> None:
     assert (layers.target / "d" / "mine").is_dir()
 
 
-@pytest.mark.parametrize("data", [b"no tar" * 200, gzip.compress(make_layer(("a", "1" * 9999)))[:-30]])
+@pytest.mark.parametrize(
+    "data", [b"no tar" * 200, gzip.compress(make_layer(("a", "1" * 9999)))[:-30]], ids=["no tar", "cut"]
+)
 def test_a_damaged_layer_is_said(layers: Layers, data: bytes) -> None:
     with pytest.raises(GuestError):
         layers.files(data)

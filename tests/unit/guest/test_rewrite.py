@@ -73,7 +73,9 @@ def test_the_same_layer_comes_out_the_same_on_any_host(
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"x" * 9999)[:-9], zstandard.compress(b"x" * 9999)[:-3]])
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"x" * 9999)[:-9], zstandard.compress(b"x" * 9999)[:-3]], ids=["gzip", "zstd"]
+)
 def test_a_damaged_layer_is_said(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "layer").write_bytes(data[:20] + b"\xff" + data[21:])
     with pytest.raises(GuestError, match="is damaged"), open_plain(tmp_path / "layer") as plain:
