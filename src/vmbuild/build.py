@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import follow, operate, passing, process, record, settle, supply
+from vmbuild import deliver, follow, operate, passing, process, record, settle, supply
 from vmbuild.address import is_remote, seen_from_guest
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import archive, bases, context, docker, oom, transfer
+from vmbuild.guest import bases, context, docker, oom, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -87,7 +87,7 @@ def _build_once(
     asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
     is_elsewhere = asked.context == "-" or is_remote(asked.context)
     source = None if is_elsewhere else context.open_context(Path(asked.context), asked.dockerfile, stdin)
-    archive.check_output(asked.output)
+    deliver.check_all(asked.outputs, asked.tags, asked.platforms, str(Path.cwd()))
     _forget_old_results(asked)
     request = passing.for_build(request, asked, source)
     client = passing.client_config(request, asked, source, report)
@@ -133,7 +133,7 @@ def _start(
     started = BuildRecord(
         folder=work.folder,
         tags=asked.tags,
-        output=asked.output,
+        outputs=tuple(each.text for each in asked.outputs),
         iidfile=str(asked.iidfile) if asked.iidfile else None,
         metadata_file=str(asked.metadata_file) if asked.metadata_file else None,
         quiet=asked.quiet,

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from vmbuild import follow, operate, record
+from vmbuild import deliver, follow, operate, record
 from vmbuild.errors import HostError, MachineError, SuspendedError, TimeIsUp, UsageError
 from vmbuild.guard import Guard, Limits
 from vmbuild.guest import keys
@@ -152,9 +152,18 @@ def name_for(path: Path, request: MachineRequest) -> str:
 
 
 def resume(
-    path: Path, request: MachineRequest, limits: Limits, home: Home, report: Reporter, *, stdout: BinaryIO
+    path: Path,
+    request: MachineRequest,
+    limits: Limits,
+    home: Home,
+    report: Reporter,
+    *,
+    stdout: BinaryIO,
+    trusted: bool = False,
 ) -> BuildResult | None:
     """Go on with the machine in a bundle, and finish the build in it as its command would have.
+
+    What that asked to be pushed or loaded is so only when the bundle is `trusted`.
 
     Returns None for a machine in which no build runs. Raises MachineError for a bundle that is damaged or that this
     host cannot go on with, UsageError where there is a machine by its name.
@@ -170,7 +179,7 @@ def resume(
             # Before gigabytes are unpacked, or a guest image is assembled for nothing.
             suspension.refuse_differences(about.suspension, request)
             fit_here(about.suspension, request, home, report)
-            _unpack(path, about, files, report)
+            _unpack(path, about, files, report, trusted=trusted)
     with open_session(request, home, report):
         pass
     if not about.builds:
@@ -228,7 +237,7 @@ def _is_here(files: MachineFiles, about: _About) -> bool:
     )
 
 
-def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) -> None:
+def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter, *, trusted: bool) -> None:
     """Make a machine of a bundle: whole, or not at all."""
     report.step(f"Unpacking {path}")
     with _beside(files) as made:
@@ -243,26 +252,36 @@ def _unpack(path: Path, about: _About, files: MachineFiles, report: Reporter) ->
             raise MachineError(f"the bundle {path} holds another memory than it tells of")
         facts.write_facts(made, about.suspension.facts)
         for each in about.builds:
-            record.save(made.builds, _kept_inside(each, report))
+            record.save(made.builds, _kept_inside(each, report, trusted=trusted))
         suspension.write_note(made, about.suspension)
         with writing_in(files.folder.parent):
             made.folder.replace(files.folder)
 
 
-def _kept_inside(build: BuildRecord, report: Reporter) -> BuildRecord:
-    """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell."""
+def _kept_inside(build: BuildRecord, report: Reporter, *, trusted: bool) -> BuildRecord:
+    """Return a foreign build that writes nothing outside the current folder: whose bundle it is, nobody can tell.
 
-    def inside(path: str | None) -> Any:
-        if Path(os.path.normpath(Path(build.cwd) / (path or "-"))).is_relative_to(build.cwd):
+    Nor does it push or load anything, unless it is trusted. An SSH agent it never gets.
+    """
+
+    def keep(path: str) -> str:
+        if Path(build.cwd) in Path(os.path.normpath(Path(build.cwd) / path)).parents:
             return path
-        name = Path(os.path.normpath(f"/{path}")).name or "result"
+        name = Path(os.path.normpath(f"/{path}")).name or "output"
         report.warn(f"the build in the bundle wants to write {path}: here it is {name} in this folder")
         return name
 
     if build.agents:
         report.warn("the build in the bundle was lent an SSH agent: yours it does not get")
-    places = {key: inside(getattr(build, key)) for key in ("output", "iidfile", "metadata_file")}
-    return replace(build, **places, agents=(), caches=tuple(map(inside, build.caches)))
+    iidfile, metadata = (path and keep(path) for path in (build.iidfile, build.metadata_file))
+    ways = [deliver.kept_inside(each, keep) for each in build.ways_out]
+    if not trusted:
+        for each in filter(lambda way: way.leaves_host, ways):
+            report.warn(f"the build in the bundle wants to {each.deed}: that is left out (resume --trusted does it)")
+        ways = [each for each in ways if not each.leaves_host]
+    texts = tuple(each.text for each in ways)
+    caches = tuple(map(keep, build.caches))
+    return replace(build, outputs=texts, iidfile=iidfile, metadata_file=metadata, agents=(), caches=caches)
 
 
 @contextmanager

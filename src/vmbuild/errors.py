@@ -76,6 +76,13 @@ class StalledError(BuildError):
     """The build stands still: it says nothing, and its machine does nothing."""
 
 
+class DeliveryError(VmbuildError):
+    """The container image could not be handed on: a registry did not take it, or an engine, or a board."""
+
+    exit_code = 8
+    meaning = "the way out: a registry, a container engine or a board did not take the container image"
+
+
 class SuspendedError(VmbuildError):
     """The machine was suspended, and what ran in it can be continued."""
 
@@ -105,6 +112,7 @@ EXIT_CODES: dict[int, str] = {
             MachineError,
             GuestError,
             BuildError,
+            DeliveryError,
             SuspendedError,
         )
     },

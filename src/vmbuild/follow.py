@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import record, supply
+from vmbuild import deliver, record, supply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
@@ -27,12 +27,14 @@ from vmbuild.errors import (
     VmbuildError,
 )
 from vmbuild.guest import archive, cache, docker, job, oom, resources
+from vmbuild.guest.blobs import HostBlobs
 from vmbuild.guest.session import ConnectionLostError, Session, WrongHostKeyError, capture
 from vmbuild.image import base as base_image
 from vmbuild.lock import attempt, hold
 from vmbuild.machine import lifetime, serial
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import MIB, BuildResult, Home, MachineStatus, format_size
+from vmbuild.model import MIB, BuildResult, Delivered, Home, MachineStatus, format_size
+from vmbuild.outputs import Kind
 from vmbuild.reach import channel_of, existing, running_session
 from vmbuild.record import BuildRecord
 from vmbuild.report import Reporter
@@ -125,7 +127,7 @@ def _end_to_end(running: Running, home: Home, report: Reporter, stdout: BinaryIO
 
 def _check_places(asked: BuildRecord) -> None:
     """See that what comes of a build can be written, before its end hangs on that. Raises UsageError or HostError."""
-    archive.check_output(asked.output_place)
+    deliver.check_places(asked.ways_out, asked.cwd)
     for path in filter(None, (asked.place(asked.iidfile), asked.place(asked.metadata_file))):
         if not path.parent.is_dir():
             raise UsageError(f"cannot write {path}", resolution="Make its folder; the build goes on meanwhile.")
@@ -153,25 +155,49 @@ def _end(running: Running) -> None:
 
 
 def _finish(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
-    asked, session, size = running.record, running.session, 0
-    with archive.open_output(asked.output_place, stdout) as out:
+    asked, session = running.record, running.session
+    with ExitStack() as until_written:
+        files = until_written.enter_context(deliver.open_files(asked.ways_out, asked.cwd, stdout))
         report.step("Building")
         with _explaining_memory(running), _explaining_stall(running):
             _follow(running, report, watch)
         image_id, metadata = docker.image_id(session, running.work)
-        if asked.output is not None:
-            report.step("Bringing the container image back")
-            known = base_image.known_layers(home.cache)
-            size = archive.write_archive(session, image_id, asked.tags, out, known, report, channel_of(running.files))
-    for number, folder in enumerate(asked.caches):
-        report.step("Bringing the build cache back")
-        place = supply.cache_place(asked.folder, number)
-        cache.bring_home(session, place, Path(asked.cwd) / folder, channel_of(running.files), report)
+        for number, folder in enumerate(asked.caches):
+            report.step("Bringing the build cache back")
+            place = supply.cache_place(asked.folder, number)
+            cache.bring_home(session, place, Path(asked.cwd) / folder, channel_of(running.files), report)
+        delivered = _deliver(running, image_id, files, until_written, home, report)
+    if (pushed := next((each for each in delivered if each.kind == Kind.REGISTRY), None)) is not None:
+        image_id, metadata = pushed.digest, deliver.pushed_metadata(metadata, pushed)
     for path, text in ((asked.place(asked.iidfile), image_id), (asked.place(asked.metadata_file), metadata)):
         if path is not None:
             write_whole(path, text.encode())
     seconds = time.time() - asked.started_at
-    return BuildResult(image_id, asked.tags, asked.output, size, asked.context_bytes, seconds)
+    first, size = (delivered[0].where if delivered else None), sum(each.size_bytes for each in delivered)
+    return BuildResult(image_id, asked.tags, first, size, asked.context_bytes, seconds, delivered)
+
+
+def _deliver(
+    running: Running, image_id: str, files: deliver.Files, until_written: ExitStack, home: Home, report: Reporter
+) -> tuple[Delivered, ...]:
+    """Send the container image all its ways: first those that end on the host's disk, which stay if others fail."""
+    asked, known = running.record, base_image.known_layers(home.cache)
+    channel = channel_of(running.files)
+    ways = [way for way in asked.ways_out if way.kind is not Kind.IMAGE]
+    if not ways:
+        return ()
+    report.step("Bringing the container image back")
+    if len(ways) == 1 and ways[0].is_plain_archive:
+        size = archive.write_archive(running.session, image_id, asked.tags, files[ways[0]], known, report, channel)
+        return (Delivered(ways[0].kind, ways[0].dest, image_id, size),)
+    with deliver.room_beside(running.files.folder / f"blobs-{asked.id}") as room:
+        blobs = HostBlobs(running.session, channel, known, room / "blobs", report)
+        delivery = deliver.Delivery(blobs, room, image_id, asked.tags, asked.cwd, report)
+        done = {way: delivery.to_file(way, files[way]) for way in files}
+        until_written.close()
+        for way in sorted((way for way in ways if way not in files), key=lambda way: way.leaves_host):
+            done[way] = delivery.onward(way)
+    return tuple(done[way] for way in ways)
 
 
 def _follow(running: Running, report: Reporter, watch: Watch) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from vmbuild.errors import UsageError
 from vmbuild.inputs import Inputs
+from vmbuild.outputs import Output
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -344,8 +345,9 @@ class MachineStatus:
 class BuildRequest:
     """One `docker build`, as the user asked for it.
 
-    `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `output` is an
-    archive's path, `-` for standard output, or None to leave the container image in the guest. `terminal` is the
+    `context` is a folder on the host, `-` (a tar or a Dockerfile on standard input) or a Git URL. `outputs` are its
+    ways out, none to leave the container image in the guest. `attests` are buildx's values of `--attest`, such as
+    `type=provenance,mode=max`. `terminal` is the
     columns and rows of the terminal that BuildKit may draw on. `platforms` are names of PLATFORMS, none for the
     machine's own; several make one container image with an index. `oom_retry` builds again, with more memory, what ran
     out of it. `inputs` is what the build is given besides its context.
@@ -362,7 +364,8 @@ class BuildRequest:
     pull: bool = False
     progress: str = "plain"
     terminal: tuple[int, int] | None = None
-    output: str | None = None
+    outputs: tuple[Output, ...] = ()
+    attests: tuple[str, ...] = ()
     iidfile: Path | None = None
     metadata_file: Path | None = None
     quiet: bool = False
@@ -380,8 +383,24 @@ class BaseResult:
 
 
 @dataclass(frozen=True)
+class Delivered:
+    """What became of an output: its kind, where it went, the digest that the container image has there, its bytes.
+
+    Of a push, the bytes are those that the registry did not have.
+    """
+
+    kind: str
+    where: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class BuildResult:
-    """What came out of a build. `image_id` is `sha256:...`; sizes in bytes, times in seconds."""
+    """What came out of a build. `image_id` is `sha256:...`; sizes in bytes, times in seconds.
+
+    `output` is the place of the first output, if any, and `output_bytes` what all of them wrote.
+    """
 
     image_id: str
     tags: tuple[str, ...]
@@ -389,3 +408,4 @@ class BuildResult:
     output_bytes: int
     context_bytes: int
     seconds: float
+    outputs: tuple[Delivered, ...] = ()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from vmbuild.errors import UsageError
+from vmbuild.outputs import Kind, Output, parse_output
 from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole, writing_in
 
@@ -18,15 +20,16 @@ _FOLDER = re.compile(r"(/[a-zA-Z0-9]+)+")
 class BuildRecord:
     """A build that was started, and what its command asked to be done with what comes of it.
 
-    `folder` is the build's workspace in the guest. Paths are as the user wrote them, relative to `cwd`. `boot_s` is
-    the guest's time since boot at its start, `started_at` is in POSIX seconds. No build argument is kept here, and of
-    its secrets only that it has some. `agents` are the SSH agents that it was lent, as they are written on a command
-    line; `caches` are the folders where the caches go that it makes, in the order of their numbers in the guest.
+    `folder` is the build's workspace in the guest, `outputs` are as `outputs.parse_output` reads them. Paths are as the
+    user wrote them, relative to `cwd`. `boot_s` is the guest's time since boot at its start, `started_at` is in POSIX
+    seconds. No build argument is kept here, and of its secrets only that it has some. `agents` are the SSH agents that
+    it was lent, as they are written on a command line; `caches` are the folders where the caches go that it makes, in
+    the order of their numbers in the guest.
     """
 
     folder: str
     tags: tuple[str, ...]
-    output: str | None
+    outputs: tuple[str, ...]
     iidfile: str | None
     metadata_file: str | None
     quiet: bool
@@ -44,9 +47,9 @@ class BuildRecord:
         return self.folder.rpartition("/")[2]
 
     @property
-    def output_place(self) -> str | None:
-        """Where the archive goes: an absolute path, `-` or nothing."""
-        return self.output if self.output in (None, "-") else str(Path(self.cwd) / str(self.output))
+    def ways_out(self) -> tuple[Output, ...]:
+        """What is to be done with the container image."""
+        return tuple(map(parse_output, self.outputs))
 
     def place(self, path: str | None) -> Path | None:
         """Return a path of this record as this host finds it."""
@@ -55,10 +58,23 @@ class BuildRecord:
     @classmethod
     def from_data(cls, data: object) -> BuildRecord:
         """Return the record that was written as JSON. Raises TypeError or ValueError for anything else."""
-        made = read_plain(cls, data)
+        made = read_plain(cls, _renewed(data))
         if not _FOLDER.fullmatch(made.folder):  # its end names files on this host
             raise ValueError(f"a build cannot have the folder {made.folder!r}")
+        try:
+            made = replace(made, outputs=tuple(each.text for each in made.ways_out))
+        except UsageError as error:
+            raise ValueError(error.brief) from error
         return made
+
+
+def _renewed(data: object) -> object:
+    """Return a record's data as this version writes it: there was one output once, an archive."""
+    if not isinstance(data, dict) or "output" not in data or "outputs" in data:
+        return data
+    rest = {key: value for key, value in data.items() if key != "output"}
+    place = data["output"]
+    return {**rest, "outputs": [] if place is None else [Output(Kind.DOCKER, place).text]}
 
 
 def save(builds: Path, record: BuildRecord) -> None:

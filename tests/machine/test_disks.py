@@ -39,6 +39,7 @@ from vmbuild.model import (
     MachineRequest,
     MachineStatus,
 )
+from vmbuild.outputs import parse_output
 from vmbuild.reach import running_session
 from vmbuild.report import SilentReporter
 
@@ -177,7 +178,7 @@ def test_a_container_image_is_built_in_it(world: World, machine: str, made: disk
     out = tmp_path / "out.tar"
     build.build(
         world.request(machine),
-        BuildRequest(str(tmp_path), tags=("small:1",), output=str(out)),
+        BuildRequest(str(tmp_path), tags=("small:1",), outputs=(parse_output(str(out)),)),
         world.home,
         world.steps,
         stdin=io.BytesIO(),

@@ -25,6 +25,7 @@ from vmbuild.guest import docker, job, ready
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus, PassOn
+from vmbuild.outputs import Kind, Output
 from vmbuild.record import BuildRecord
 from vmbuild.report import SilentReporter
 
@@ -67,7 +68,7 @@ def run(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Guest]:
 
 
 def test_the_unfinished_archive_is_no_part_of_the_context(run: Callable[..., Guest], context: Path) -> None:
-    guest = run(BuildRequest(str(context), output=str(context / "out.tar")))
+    guest = run(BuildRequest(str(context), outputs=(Output(Kind.DOCKER, str(context / "out.tar")),)))
     assert guest.sent_names() == ["Dockerfile"]
     assert (context / "out.tar").stat().st_size > 0
 
@@ -75,7 +76,7 @@ def test_the_unfinished_archive_is_no_part_of_the_context(run: Callable[..., Gue
 def test_a_place_that_cannot_be_written_costs_no_build(run: Callable[..., Guest], context: Path) -> None:
     for output in (str(context), str(context / "none" / "out.tar")):
         with pytest.raises(UsageError, match="cannot write the archive"):
-            run(BuildRequest(str(context), output=output))
+            run(BuildRequest(str(context), outputs=(Output(Kind.DOCKER, output),)))
     with pytest.raises(UsageError, match="cannot write"):
         run(BuildRequest(str(context), iidfile=context / "none" / "iid"))
 
@@ -338,7 +339,7 @@ def test_there_is_no_more_where_none_can_be_had(
         expected += ["down box", "build with 2048"]
     if reason == "another build":
         files = MachineFiles.at(home.state, "box")
-        record.save(files.builds, BuildRecord("/w/other", (), None, None, None, False, str(context), 1, 1.0, 1.0))
+        record.save(files.builds, BuildRecord("/w/other", (), (), None, None, False, str(context), 1, 1.0, 1.0))
     if reason == "not asked":
         asked = replace(asked, oom_retry=False)
     with pytest.raises(OutOfMemoryError, match="docker build ended with exit code 1") as caught:

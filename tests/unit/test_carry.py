@@ -38,6 +38,7 @@ from vmbuild.machine import bundle, facts, lifetime, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import GIB, BuildResult, Home, MachineRequest
+from vmbuild.outputs import Kind, Output
 from vmbuild.record import BuildRecord
 from vmbuild.report import SilentMeter, SilentReporter
 
@@ -89,7 +90,9 @@ def world(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> It
             operate.destroy(found.name, home, SilentReporter())
 
 
-BUILD = BuildRecord("/w/first", ("a:1",), "a.tar", "iid", "meta", False, "/home/of/somebody", 12, 3.5, 100.0)
+BUILD = BuildRecord(
+    "/w/first", ("a:1",), ("type=docker,dest=a.tar",), "iid", "meta", False, "/home/of/somebody", 12, 3.5, 100.0
+)
 
 
 @pytest.fixture
@@ -504,8 +507,9 @@ def test_a_foreign_build_writes_nothing_outside_this_folder(
     for path, content in outside.items():
         path.write_bytes(content)
     here = str(tmp_path).lstrip("/") + "/" if place.startswith("/") else ""
-    places = {key: place.format(here + key[0]) for key in ("output", "iidfile", "metadata_file")}
-    rebuild(world, lambda about: about["builds"][0].update(places))
+    places = {key: place.format(here + key[0]) for key in ("iidfile", "metadata_file")}
+    outputs = [Output(Kind.DOCKER, place.format(here + "o")).text]
+    rebuild(world, lambda about: about["builds"][0].update(places, outputs=outputs))
     assert world.resume() is not None
     assert {path: path.read_bytes() for path in outside} == outside
     assert {path.name for path in world.cwd.iterdir()} == {"o", "i", "m"}
@@ -516,18 +520,51 @@ def test_a_foreign_build_writes_nothing_outside_this_folder(
 def test_a_foreign_build_writes_where_it_was_told_in_this_folder(world: World, packed: Suspension, place: str) -> None:
     (world.cwd / "out").mkdir()
     output = place.format(world.cwd)
-    rebuild(world, lambda about: about["builds"][0].update(output=output))
+    rebuild(world, lambda about: about["builds"][0].update(outputs=[f"type=docker,dest={output}"]))
     assert world.resume() is not None
     assert Path(output).stat().st_size > 0
     assert not any("here it is" in line for line in world.heard)
 
 
 def test_a_foreign_build_may_write_to_standard_output_or_nothing(world: World, packed: Suspension) -> None:
-    rebuild(world, lambda about: about["builds"][0].update(output="-", iidfile=None, metadata_file=None))
+    rebuild(
+        world, lambda about: about["builds"][0].update(outputs=["type=docker,dest=-"], iidfile=None, metadata_file=None)
+    )
     result = world.resume()
     assert result is not None
     assert result.output == "-"
     assert list(world.cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [".", "/", "..", "out/.."])
+def test_a_foreign_build_does_not_fill_this_folder_itself(world: World, packed: Suspension, place: str) -> None:
+    """Among the files of a folder may be some that are run."""
+    each = Output(Kind.LOCAL, place)
+    rebuild(world, lambda about: about["builds"][0].update(outputs=[each.text], iidfile=None, metadata_file=None))
+    assert world.resume() is not None
+    assert [path.name for path in world.cwd.iterdir()] == ["output"]
+
+
+@pytest.mark.parametrize(
+    "text", ["type=registry,name=example.org/a:1", "type=load,dest=auto", "type=load,dest=ssh://a"]
+)
+def test_a_foreign_build_pushes_and_loads_nothing(world: World, packed: Suspension, text: str) -> None:
+    rebuild(world, lambda about: about["builds"][0].update(outputs=[text, "type=docker,dest=a.tar"]))
+    result = world.resume()
+    assert result is not None
+    assert [each.where for each in result.outputs] == ["a.tar"]
+    assert any("that is left out" in line for line in world.heard)
+
+
+def test_a_foreign_build_of_an_older_vmbuild_writes_its_archive(world: World, packed: Suspension) -> None:
+    def older(about: Any) -> None:
+        about["builds"][0].pop("outputs")
+        about["builds"][0]["output"] = "old.tar"
+
+    rebuild(world, older)
+    result = world.resume()
+    assert result is not None
+    assert result.output == "old.tar"
 
 
 # What is interrupted.

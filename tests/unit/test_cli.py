@@ -32,7 +32,8 @@ from vmbuild.guest.resources import Usage
 from vmbuild.machine.bundle import pack
 from vmbuild.machine.facts import Facts
 from vmbuild.machine.suspension import Suspension
-from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest, MachineStatus
+from vmbuild.model import BuildRequest, BuildResult, Delivered, Home, MachineRequest, MachineStatus
+from vmbuild.outputs import Kind, Output
 from vmbuild.report import SilentMeter
 from vmbuild.watch import Reading, Round
 
@@ -50,6 +51,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _delivered(job: BuildRequest) -> tuple[Delivered, ...]:
+    return tuple(Delivered(each.kind, each.dest, "sha256:abc", 10) for each in job.outputs)
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Record:
     """The calls of `build.build`, which here succeeds at once."""
@@ -57,7 +62,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Record:
 
     def fake(request: MachineRequest, job: BuildRequest, *args: object, **streams: object) -> BuildResult:
         calls.append((request, job))
-        return BuildResult("sha256:abc", job.tags, job.output, 10, 20, 1.5)
+        return BuildResult("sha256:abc", job.tags, None, 10, 20, 1.5, _delivered(job))
 
     monkeypatch.setattr(build, "build", fake)
     return calls
@@ -131,7 +136,7 @@ def test_a_build_takes_dockers_options(built: Record, monkeypatch: pytest.Monkey
         no_cache=True,
         pull=True,
         progress="rawjson",
-        output="x.tar",
+        outputs=(Output(Kind.DOCKER, "x.tar"),),
         iidfile=Path("iid"),
         metadata_file=Path("meta"),
     )
@@ -274,10 +279,12 @@ def test_a_negative_number_of_lines_is_wrong_usage(monkeypatch: pytest.MonkeyPat
 
 def test_a_docker_archive_is_named_as_docker_names_it(built: Record, home: Path) -> None:
     assert run(["build", str(home), "-o", "type=docker,dest=out.tar"]) == 0
-    assert built[0][1].output == "out.tar"
+    assert built[0][1].outputs == (Output(Kind.DOCKER, "out.tar"),)
 
 
-@pytest.mark.parametrize("output", ["type=oci,dest=x.tar", "type=local,dest=x", "type=docker", "dest=x", "type=image"])
+@pytest.mark.parametrize(
+    "output", ["type=oci", "type=local", "type=new,dest=x", "dest=x", "type=oci,dest=x,compression=estargz"]
+)
 def test_what_cannot_be_written_is_refused(built: Record, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["build", "-o", output]) == UsageError.exit_code
     assert output in capsys.readouterr().err

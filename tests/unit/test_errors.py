@@ -30,6 +30,7 @@ def test_the_codes_are_those_that_scripts_rely_on() -> None:
         "MachineError": 5,
         "GuestError": 6,
         "BuildError": 7,
+        "DeliveryError": 8,
         "SuspendedError": 75,
     }
 

@@ -86,7 +86,9 @@ def first(files: MachineFiles, tmp_path: Path) -> BuildRecord:
     """A build that runs in the machine."""
     cwd = tmp_path / "where it was asked for"
     (cwd / "out").mkdir(parents=True)
-    made = BuildRecord("/w/first", ("a:1",), "out/a.tar", "iid", "out/meta", False, str(cwd), 12, 3.5, 100.0)
+    made = BuildRecord(
+        "/w/first", ("a:1",), ("type=docker,dest=out/a.tar",), "iid", "out/meta", False, str(cwd), 12, 3.5, 100.0
+    )
     record.save(files.builds, made)
     return made
 
@@ -94,7 +96,7 @@ def first(files: MachineFiles, tmp_path: Path) -> BuildRecord:
 @pytest.fixture
 def second(files: MachineFiles, first: BuildRecord) -> BuildRecord:
     """Another one, that was started later."""
-    made = replace(first, folder="/w/second", tags=("b:1", "b:2"), output=None, iidfile=None, started_at=200.0)
+    made = replace(first, folder="/w/second", tags=("b:1", "b:2"), outputs=(), iidfile=None, started_at=200.0)
     record.save(files.builds, made)
     return made
 
@@ -429,21 +431,26 @@ def test_a_build_that_is_done_is_one_though_its_guest_goes_at_this_moment(
 
 @pytest.mark.parametrize(
     "change",
-    [{"output": "none/a.tar"}, {"output": "out"}, {"iidfile": "none/iid"}, {"metadata_file": "none/meta"}],
+    [
+        {"outputs": ("type=docker,dest=none/a.tar",)},
+        {"outputs": ("type=docker,dest=out",)},
+        {"iidfile": "none/iid"},
+        {"metadata_file": "none/meta"},
+    ],
     ids=str,
 )
 def test_a_place_that_cannot_be_written_costs_no_build(
-    attach: Attach, guest: Guest, files: MachineFiles, first: BuildRecord, change: dict[str, str]
+    attach: Attach, guest: Guest, files: MachineFiles, first: BuildRecord, change: dict[str, Any]
 ) -> None:
     """Its folder may have gone since it was started, or never have been on this host."""
-    elsewhere = replace(first, **change)  # type: ignore[arg-type]
+    elsewhere = replace(first, **change)
     record.save(files.builds, elsewhere)
     with pytest.raises(UsageError, match="cannot write"):
         attach()
     assert_left_running(guest, files, elsewhere)
     assert guest.ran(job.PROGRAM) == []
     Path(first.cwd, "none").mkdir()
-    if change != {"output": "out"}:
+    if change != {"outputs": ("type=docker,dest=out",)}:
         assert attach() is not None
 
 

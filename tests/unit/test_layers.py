@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "model", "inputs", "deadline", "report", "whole", "lock", "address", "plain", "record"}
+GROUND = {"errors", "outputs", "model", "inputs", "deadline", "report", "whole", "lock", "address", "plain", "record"}
 IMAGE = {
     *(
         "tree",
@@ -75,6 +75,12 @@ GUEST = {
     "transfer",
     "archive",
     "oci",
+    "image",
+    "compress",
+    "blobs",
+    "rewrite",
+    "flatten",
+    "folder",
     "bases",
     "passed",
     *("forward", "relay", "extract", "copying", "published"),
@@ -83,7 +89,8 @@ COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "model": {"errors", "inputs"},
+    "outputs": {"errors"},
+    "model": {"errors", "inputs", "outputs"},
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
@@ -91,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     "address": set(),
     "inputs": {"errors", "address"},
     "plain": set(),
-    "record": {"plain", "whole"},
+    "record": {"errors", "outputs", "plain", "whole"},
     "process": GROUND,
     "image.tree": GROUND,
     "image.table": GROUND,
@@ -157,7 +164,21 @@ ALLOWED: dict[str, set[str]] = {
     "guest.docker": GROUND | {"guest.session", "guest.job", "guest.secrets", "guest.transfer"},
     "guest.cache": GROUND | {"guest.session", "guest.channel", "guest.oci"},
     "guest.oci": GROUND | {"guest.session"},
-    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci"},
+    "guest.image": GROUND | {"guest.session", "guest.oci"},
+    "guest.archive": GROUND | {"guest.session", "guest.channel", "guest.oci", "guest.image"},
+    "guest.compress": GROUND,
+    "guest.blobs": GROUND | {f"guest.{name}" for name in ("session", "channel", "oci", "image", "archive", "compress")},
+    "guest.rewrite": GROUND | {"guest.oci", "guest.image", "guest.blobs"},
+    "guest.flatten": GROUND | {"guest.compress"},
+    "guest.folder": GROUND | {"guest.session", "guest.image", "guest.flatten"},
+    "registry.logins": GROUND | {"process"},
+    "registry.transport": GROUND | {"registry.logins"},
+    "registry.push": GROUND | {"registry.transport"},
+    "load": GROUND | {"process"},
+    "board": GROUND | {"process"},
+    "deliver": GROUND
+    | {"load", "board", *(f"registry.{name}" for name in ("logins", "transport", "push"))}
+    | {f"guest.{name}" for name in ("session", "archive", "blobs", "flatten", "folder", "image", "oci", "rewrite")},
     "guest.bases": GROUND | {"guest.session", "guest.oci"},
     "guest.forward": GROUND,
     "guest.relay": GROUND | {"guest.session"},
@@ -189,7 +210,17 @@ ALLOWED: dict[str, set[str]] = {
     | {f"machine.{name}" for name in ("control", "files", "lifetime", "login", "probe", "serial")}
     | {f"guest.{name}" for name in ("firstboot", "session")},
     "start": GROUND
-    | {"dockerhost", "passing", "process", "provision", "reach", "settle", "image.catalog", "image.given", "image.store"}
+    | {
+        "dockerhost",
+        "passing",
+        "process",
+        "provision",
+        "reach",
+        "settle",
+        "image.catalog",
+        "image.given",
+        "image.store",
+    }
     | {f"machine.{name}" for name in MACHINE}
     | {f"guest.{name}" for name in GUEST},
     "host_agent": GROUND | {"process", "guest.agent"},
@@ -197,12 +228,13 @@ ALLOWED: dict[str, set[str]] = {
     | {"host_agent"}
     | {f"guest.{name}" for name in ("agent", "channel", "context", "secrets", "session", "sync", "transfer")},
     "follow": GROUND
-    | {"reach", "supply", "guest.cache", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
-    | {f"guest.{name}" for name in ("session", "archive", "docker", "job", "oom", "resources")},
+    | {"deliver", "reach", "supply", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {f"guest.{name}" for name in ("session", "archive", "blobs", "cache", "docker", "job", "oom", "resources")},
     "build": GROUND
-    | {"start", "reach", "follow", "operate", "passing", "process", "settle", "supply", "image.base", "image.catalog"}
+    | {"deliver", "start", "reach", "follow", "operate", "passing", "process", "settle", "supply"}
+    | {"image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
-    | {f"guest.{name}" for name in ("session", "archive", "bases", "channel", "context", "docker", "oom")}
+    | {f"guest.{name}" for name in ("session", "bases", "channel", "context", "docker", "oom")}
     | {"guest.transfer"},
     "operate": GROUND
     | {"start", "reach", "dockerhost"}
@@ -210,7 +242,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
     "carry": GROUND
-    | {"start", "reach", "operate", "follow", "guard", "guest.keys"}
+    | {"deliver", "start", "reach", "operate", "follow", "guard", "guest.keys"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
     | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
@@ -230,7 +262,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli.dockerhost": {"errors", "ui", "cli.options", "dockerhost", "operate", "ports"},
     "cli.inside": {"errors", "ui", "cli.completion", "cli.options", "copy", "operate"},
     "cli.ways_in": {"errors", "model", "inputs"},
-    "cli.build": {"errors", "model", "settings", "ui", "cli.completion", "cli.options", "cli.ways_in"}
+    "cli.ways_out": {"errors", "model", "outputs"},
+    "cli.build": {"errors", "model", "outputs", "settings", "ui", "cli.completion", "cli.options", "cli.ways_in"}
+    | {"cli.ways_out"}
     | {"build", "follow", "guard", "carry"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
     "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
@@ -243,7 +277,7 @@ ALLOWED: dict[str, set[str]] = {
 
 DOORS = {
     "subprocess": {"process"},
-    "requests": {"image.http"},
+    "requests": {"image.http", "registry.transport"},
     "urllib3": {"image.http"},
     "paramiko": {"guest.ssh"},
     "qemu": {"machine.qmp"},
@@ -254,6 +288,7 @@ DOORS = {
         "cli.completion",
         "cli.options",
         "cli.ways_in",
+        "cli.ways_out",
         "cli.app",
         "cli.program",
         *(f"cli.{name}" for name in COMMANDS),

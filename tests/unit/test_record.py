@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from vmbuild import record
+from vmbuild.outputs import Kind, Output
 from vmbuild.record import BuildRecord
 
-FIRST = BuildRecord("/w/first", ("a:1", "b"), "out/a.tar", "iid", None, False, "/home/me", 12, 3.5, 100.0)
-SECOND = replace(FIRST, folder="/w/second", started_at=200.0, output="-")
+FIRST = BuildRecord(
+    "/w/first", ("a:1", "b"), ("type=docker,dest=out/a.tar",), "iid", None, False, "/home/me", 12, 3.5, 100.0
+)
+SECOND = replace(FIRST, folder="/w/second", started_at=200.0, outputs=("type=docker,dest=-",))
 
 TIMELESS = json.dumps({**asdict(FIRST), "started_at": "long ago"})
 NEWER = json.dumps({**asdict(FIRST), "new": 1})
@@ -45,10 +48,9 @@ def test_what_makes_no_sense_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_paths_are_as_its_command_meant_them() -> None:
-    assert FIRST.output_place == "/home/me/out/a.tar"
-    assert SECOND.output_place == "-"
-    assert replace(FIRST, output=None).output_place is None
-    assert replace(FIRST, output="/abs.tar").output_place == "/abs.tar"
+    assert FIRST.ways_out == (Output(Kind.DOCKER, "out/a.tar"),)
+    assert SECOND.ways_out == (Output(Kind.DOCKER, "-"),)
+    assert replace(FIRST, outputs=()).ways_out == ()
     assert FIRST.place(FIRST.iidfile) == Path("/home/me/iid")
     assert FIRST.place(None) is None
     assert FIRST.id == "first"
@@ -60,6 +62,18 @@ def test_paths_are_as_its_command_meant_them() -> None:
 def test_a_folder_that_could_name_other_files_is_none(folder: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         BuildRecord.from_data({**asdict(FIRST), "folder": folder})
+
+
+@pytest.mark.parametrize(("place", "outputs"), [(None, ()), ("a,b.tar", ('type=docker,"dest=a,b.tar"',))])
+def test_an_older_record_had_one_archive(place: str | None, outputs: tuple[str, ...]) -> None:
+    data = {key: value for key, value in asdict(FIRST).items() if key != "outputs"}
+    assert BuildRecord.from_data(json.loads(json.dumps({**data, "output": place}))) == replace(FIRST, outputs=outputs)
+
+
+@pytest.mark.parametrize("outputs", [["type=new,dest=x"], ["type=load,dest=-o"], [1], "x"], ids=repr)
+def test_an_output_that_nobody_knows_is_none(outputs: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        BuildRecord.from_data({**asdict(FIRST), "outputs": outputs})
 
 
 def test_a_record_is_what_was_written(tmp_path: Path) -> None:

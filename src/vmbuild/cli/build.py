@@ -15,8 +15,10 @@ import click
 from vmbuild.cli.completion import complete_platforms
 from vmbuild.cli.options import as_json, machine_options, name_argument, name_option, read_settings, start_options
 from vmbuild.cli.ways_in import take_inputs, ways_in
+from vmbuild.cli.ways_out import BuildCommand, check_outputs, output_options, read_outputs, tell_delivered
 from vmbuild.errors import UsageError
-from vmbuild.model import BuildRequest, BuildResult, format_size, parse_platforms
+from vmbuild.model import BuildRequest, BuildResult, parse_platforms
+from vmbuild.outputs import STDOUT
 from vmbuild.settings import BUILD_LIMITS, Settings
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def platform_option(text: str) -> Callable[[F], F]:
     )
 
 
-@click.command("build")
+@click.command("build", cls=BuildCommand)
 @click.argument("context", metavar="[PATH|-|URL]", default=".")
 @click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Name of the container image; repeatable.")
 @click.option("-f", "--file", "dockerfile", metavar="FILE", help="The Dockerfile; - reads it from standard input.")
@@ -58,7 +60,7 @@ def platform_option(text: str) -> Callable[[F], F]:
     show_default=True,
     help="How BuildKit shows what it does; rawjson is for programs.",
 )
-@click.option("-o", "--output", metavar="FILE|-", help="Write the container image as an archive; - is stdout.")
+@output_options
 @click.option("--iidfile", type=click.Path(path_type=Path), metavar="FILE", help="Write the image id to a file.")
 @click.option("--metadata-file", type=click.Path(path_type=Path), metavar="FILE", help="Write BuildKit's metadata.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the image id only.")
@@ -74,13 +76,17 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
 
     begun = time.monotonic()
     given = take_inputs(flags)
+    outputs, attests = read_outputs(flags)
+    check_outputs(outputs, flags["tags"], as_json=as_json)
     job_keys = set(BuildRequest.__dataclass_fields__) & set(flags)
     job = {key: flags.pop(key) for key in job_keys}
-    _check_job(job, as_json)
+    _check_job(job)
     found = read_settings(flags)
     terminal = _terminal(progress, quiet)
     request = BuildRequest(
         **{**job, "build_args": tuple(map(_from_environment, job["build_args"]))},
+        outputs=outputs,
+        attests=attests,
         progress="plain" if progress == "auto" and terminal is None else progress,
         terminal=terminal,
         quiet=quiet,
@@ -130,8 +136,9 @@ def attach(positional: str | None, build_id: str | None, suspend_to: str | None,
 @machine_options("name", "timeout", "mirror", "security_mirror")
 @limit_options
 @suspend_to_option
+@click.option("--trusted", is_flag=True, help="Also push and load as the build in the bundle was asked to.")
 @as_json
-def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
+def resume(bundle: Path, suspend_to: str | None, trusted: bool, as_json: bool, **flags: Any) -> None:
     """Go on with the machine in a bundle, and finish the build in it as its command would have."""
     from vmbuild import carry, ui
 
@@ -139,7 +146,8 @@ def resume(bundle: Path, suspend_to: str | None, as_json: bool, **flags: Any) ->
     found = read_settings(flags)
     request = found.as_request()
     limits = _limits(found, carry.name_for(bundle, request), suspend_to, begun)
-    result = carry.resume(bundle, request, limits, found.home(), ui.TerminalReporter(), stdout=sys.stdout.buffer)
+    arguments = (bundle, request, limits, found.home(), ui.TerminalReporter())
+    result = carry.resume(*arguments, stdout=sys.stdout.buffer, trusted=trusted)
     _show_end(result, as_json=as_json)
 
 
@@ -180,30 +188,13 @@ def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) ->
     return limits
 
 
-def _check_job(job: dict[str, Any], as_json: bool) -> None:
-    job["output"] = _read_output(job["output"])
-    if job["output"] == "-" and sys.stdout.isatty():
-        raise UsageError("cannot write an archive to a terminal", resolution="Use -o FILE, or redirect.")
-    if job["output"] == "-" and as_json:
-        raise UsageError("standard output cannot carry both the archive and JSON", resolution="Use -o FILE.")
+def _check_job(job: dict[str, Any]) -> None:
     if job["context"] == "-" and job["dockerfile"] == "-":
         raise UsageError(
             "standard input cannot be both the context and the Dockerfile", resolution="Give one of them as a file."
         )
     if job["oom_retry"] and "-" in (job["context"], job["dockerfile"]):
         raise UsageError("what comes on standard input cannot be built again", resolution="Leave --oom-retry out.")
-
-
-def _read_output(text: str | None) -> str | None:
-    """Return where -o points, written as a file or as Docker writes it: type=docker,dest=FILE."""
-    if text is None or not text.startswith(("type=", "dest=")):
-        return text
-    fields = dict(part.partition("=")[::2] for part in text.split(","))
-    if fields.keys() != {"type", "dest"} or fields["type"] != "docker":
-        raise UsageError(
-            f"vmbuild cannot write {text}", resolution="Use -o FILE or -o type=docker,dest=FILE, a docker archive."
-        )
-    return fields["dest"]
 
 
 def _from_environment(argument: str) -> str:
@@ -228,11 +219,11 @@ def _show_result(result: BuildResult, *, as_json: bool, quiet: bool, silent: boo
 
     if as_json:
         ui.print_json(result)
-    elif quiet and result.output != "-":
+    elif quiet and not any(each.where == STDOUT for each in result.outputs):
         click.echo(result.image_id)
     elif not quiet and not silent:
-        wrote = f", wrote {result.output} ({format_size(result.output_bytes)})" if result.output else ""
-        ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{wrote}.")
+        done = "".join(f", {tell_delivered(each)}" for each in result.outputs)
+        ui.say(f"Built {', '.join(result.tags) or result.image_id} in {result.seconds:.0f} s{done}.")
 
 
 def _show_end(result: BuildResult | None, *, as_json: bool) -> None:

@@ -12,29 +12,15 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 import zstandard
 
 from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest.channel import Channel, receive
-from vmbuild.guest.oci import (
-    INDEX,
-    LAYOUT,
-    MANIFEST,
-    ArchiveWriter,
-    Blob,
-    blob_path,
-    blobs_of,
-    describe,
-    full_reference,
-    layout_index,
-    manifests_of,
-    parse_object,
-    read_checked,
-)
+from vmbuild.guest.image import Image, read_image
+from vmbuild.guest.oci import ArchiveWriter, Blob, blob_path
 from vmbuild.guest.session import Output, Session, Sink
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import open_whole
@@ -103,17 +89,19 @@ def write_archive(
 ) -> int:
     """Write the container image with this digest as an archive; return the bytes written.
 
-    A manifest makes a docker archive; an index (of several platforms, say) an OCI archive of all that it names, without
-    a preference among them. Every blob is checked against its digest on the way. Raises GuestError when one does not
-    match.
+    One platform makes a docker archive, without what is attested of it; an index of several an OCI archive of all that
+    it names, without a preference among them. Every blob is checked against its digest on the way. Raises GuestError
+    when one does not match.
     """
-    image = _read_image(session, digest.removeprefix("sha256:"))
-    archive = ArchiveWriter(out)
-    each_once = list({blob.digest: blob for blob in image.blobs}.values())
-    with report.meter("export", sum(blob.size for blob in each_once)) as meter:
-        copies = _Copies(each_once, known, archive, meter)
-        _copy_from_guest(session, copies, archive, meter, channel)
-        copies.catch_up(None)
+    image, archive = read_image(session, digest.removeprefix("sha256:")).single(), ArchiveWriter(out)
+    blobs = image.each_blob_once()
+    with report.meter("export", sum(blob.size for blob in blobs)) as meter:
+        copy_blobs(session, blobs, known, archive, meter, channel)
+    return end_archive(archive, image, tags)
+
+
+def end_archive(archive: ArchiveWriter, image: Image, tags: Sequence[str]) -> int:
+    """Write what an archive has after its blobs; return the bytes of all of it."""
     for name, data in image.documents.items():
         archive.add_data(f"blobs/sha256/{name}", data)
     for name, content in image.tables(tags).items():
@@ -121,46 +109,43 @@ def write_archive(
     return archive.close()
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A container image: its own document (manifest or index) first, all its documents by digest, and their blobs."""
-
-    top: dict[str, object]
-    documents: dict[str, bytes]
-    blobs: list[Blob]
-
-    def tables(self, tags: Sequence[str]) -> dict[str, object]:
-        """Return the tables of an archive: those of the OCI image layout, after docker's own where there can be one."""
-        kind = str(self.top.get("mediaType") or (INDEX if "manifests" in self.top else MANIFEST))
-        descriptor = describe(kind, next(iter(self.documents.values())))
-        tables: dict[str, object] = {"index.json": layout_index(descriptor, tags), "oci-layout": LAYOUT}
-        if "manifests" in self.top:
-            return tables
-        config, *layers = (f"blobs/sha256/{blob.digest}" for blob in self.blobs)
-        names = [full_reference(tag) for tag in tags]
-        short = [name.removeprefix("docker.io/library/").removeprefix("docker.io/") for name in names]
-        return {"manifest.json": [{"Config": config, "RepoTags": short or None, "Layers": layers}], **tables}
+def write_from_host(
+    image: Image, tags: Sequence[str], out: Sink, path_of: Callable[[str], Path], report: Reporter
+) -> int:
+    """Write a container image whose blobs lie on the host as an archive, each checked; return the bytes written."""
+    archive, blobs = ArchiveWriter(out), image.each_blob_once()
+    with report.meter("write", sum(blob.size for blob in blobs)) as meter:
+        for blob in blobs:
+            copy_blob(blob, archive, meter, read_file(path_of(blob.digest)))
+    return end_archive(archive, image, tags)
 
 
-def _read_image(session: Session, digest: str) -> _Image:
-    """Read what describes a container image. Raises GuestError."""
-    data = read_checked(session, digest)
-    top = parse_object(data)
-    if "manifests" not in top:
-        return _Image(top, {digest: data}, blobs_of(top))
-    documents, blobs = {digest: data}, list[Blob]()
-    for each in manifests_of(top):
-        documents[each.digest] = read_checked(session, each.digest)
-        if len(documents[each.digest]) != each.size:
-            raise GuestError(f"the manifest {each.digest} has another size than the guest's index says")
-        blobs += blobs_of(parse_object(documents[each.digest]))
-    return _Image(top, documents, blobs)
+class Members(Protocol):
+    """Something that takes blobs one after the other, each in pieces."""
+
+    def begin(self, name: str, size: int) -> None:
+        """Begin a blob of so many bytes, which has this path in an archive."""
+
+    def write(self, data: bytes) -> None:
+        """Take what comes next of it."""
+
+    def end(self) -> None:
+        """End it."""
+
+
+def copy_blobs(
+    session: Session, blobs: Sequence[Blob], known: Known, out: Members, meter: Meter, channel: Channel | None
+) -> None:
+    """Copy blobs in their order, each checked against its digest: from the host where it has them, else the guest."""
+    copies = _Copies(blobs, known, out, meter)
+    _copy_from_guest(session, copies, out, meter, channel)
+    copies.catch_up(None)
 
 
 class _Copies:
     """Blobs on their way into the archive, in their order: those that the host has, between those of the guest."""
 
-    def __init__(self, blobs: Sequence[Blob], known: Known, archive: ArchiveWriter, meter: Meter) -> None:
+    def __init__(self, blobs: Sequence[Blob], known: Known, archive: Members, meter: Meter) -> None:
         self._local = {blob: path for blob in blobs if (path := known(blob.digest)) is not None}
         self._left = iter(blobs)
         self._archive, self._meter = archive, meter
@@ -171,18 +156,18 @@ class _Copies:
         for each in self._left:
             if each == blob:
                 return
-            _copy_blob(each, self._archive, self._meter, _read_file(self._local[each]))
+            copy_blob(each, self._archive, self._meter, read_file(self._local[each]))
 
 
 def _copy_from_guest(
-    session: Session, copies: _Copies, archive: ArchiveWriter, meter: Meter, channel: Channel | None
+    session: Session, copies: _Copies, archive: Members, meter: Meter, channel: Channel | None
 ) -> None:
     wanted = copies.wanted
     paths = [(blob_path(blob.digest), blob.size) for blob in wanted]
 
     def take(number: int, content: Iterator[bytes]) -> None:
         copies.catch_up(wanted[number])
-        _copy_blob(wanted[number], archive, meter, content)
+        copy_blob(wanted[number], archive, meter, content)
 
     if channel is None or not wanted or not receive(channel, session, paths, take):
         for blob in wanted:
@@ -193,7 +178,7 @@ def _copy_from_guest(
 class _BlobCopy:
     """One blob on its way into the archive, checked against its digest and size."""
 
-    def __init__(self, blob: Blob, archive: ArchiveWriter, meter: Meter) -> None:
+    def __init__(self, blob: Blob, archive: Members, meter: Meter) -> None:
         self._blob, self._archive, self._meter = blob, archive, meter
         self._digest = hashlib.sha256()
         archive.begin(f"blobs/sha256/{blob.digest}", blob.size)
@@ -209,20 +194,22 @@ class _BlobCopy:
         self._archive.end()
 
 
-def _copy_blob(blob: Blob, archive: ArchiveWriter, meter: Meter, content: Iterator[bytes]) -> None:
+def copy_blob(blob: Blob, archive: Members, meter: Meter, content: Iterator[bytes]) -> None:
+    """Copy one blob, checked against its digest. Raises GuestError."""
     copy = _BlobCopy(blob, archive, meter)
     for data in content:
         copy.take(data)
     copy.end()
 
 
-def _read_file(path: Path) -> Iterator[bytes]:
+def read_file(path: Path) -> Iterator[bytes]:
+    """Yield a file's content in pieces."""
     with path.open("rb") as file:
         while data := file.read(CHUNK_BYTES):
             yield data
 
 
-def _pull_blob(session: Session, blob: Blob, archive: ArchiveWriter, meter: Meter) -> None:
+def _pull_blob(session: Session, blob: Blob, archive: Members, meter: Meter) -> None:
     """Read a blob over SSH; what is not compressed is compressed for the way (docs/design.md)."""
     copy = _BlobCopy(blob, archive, meter)
     path = blob_path(blob.digest)

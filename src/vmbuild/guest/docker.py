@@ -14,6 +14,7 @@ from vmbuild.guest import job, secrets
 from vmbuild.guest.session import Output, Session, capture, send
 from vmbuild.guest.transfer import TAR, disk_full
 from vmbuild.model import BuildRequest
+from vmbuild.outputs import Kind
 from vmbuild.report import Meter
 
 BUILDX = "/usr/libexec/docker/cli-plugins/docker-buildx"
@@ -99,9 +100,17 @@ def build_argv(
 ) -> list[str]:
     """Return buildx's argv for a build; `context`, `dockerfile` and what it is given are as the guest sees them."""
     argv = [BUILDX, "build", "--platform", ",".join(asked.platforms), "--progress", asked.progress]
-    argv += ["--metadata-file", work.metadata, "--provenance", "false"]
+    argv += ["--metadata-file", work.metadata]
+    if not any("type=provenance" in each.split(",") for each in asked.attests):
+        argv += ["--provenance", "false"]
     argv += ["--output", "type=image,compression=uncompressed"]  # gzip in emulated Go makes 2 MB/s
-    for flag, values in (("--tag", asked.tags), ("--build-arg", asked.build_args), ("--label", asked.labels)):
+    names = (*asked.tags, *(name for each in asked.outputs if each.kind is Kind.IMAGE for name in each.names))
+    for flag, values in (
+        ("--tag", names),
+        ("--attest", asked.attests),
+        ("--build-arg", asked.build_args),
+        ("--label", asked.labels),
+    ):
         for value in values:
             argv += [flag, value]
     argv += ["--target", asked.target] if asked.target else []

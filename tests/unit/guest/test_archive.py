@@ -17,6 +17,7 @@ import pytest
 import zstandard
 
 from tests.unit.guest.drives import DriveSession, make_channel
+from tests.unit.guest.images import Host, make_layer
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, HostError, UsageError, VmbuildError
 from vmbuild.guest import oci
@@ -487,3 +488,15 @@ def test_skopeo_reads_the_archive(tmp_path: Path, wrapped: bool) -> None:
         )
     argv = ["skopeo", "--insecure-policy", "copy", f"docker-archive:{path}", f"dir:{tmp_path}/copy"]
     subprocess.run(argv, check=True, capture_output=True)
+
+
+def test_what_attests_a_container_image_is_no_part_of_a_docker_archive(tmp_path: Path) -> None:
+    host, session = Host(tmp_path / "blobs"), BlobStore()
+    image = host.index({"arm64": [make_layer(("a", "1"))]}, attested=True)
+    session.blobs = {path.name: path.read_bytes() for path in host.folder.iterdir()} | image.documents
+    out = io.BytesIO()
+    write_archive(session, image.digest, ["a:1"], out, lambda _: None, SilentReporter())
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+        (entry,) = json.load(tar.extractfile("manifest.json") or io.BytesIO())
+        assert len([name for name in tar.getnames() if name.startswith("blobs/")]) == 3
+    assert (entry["RepoTags"], len(entry["Layers"])) == (["a:1"], 1)
