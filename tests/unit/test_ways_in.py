@@ -124,7 +124,7 @@ def test_a_build_with_secrets_may_be_suspended_here(given: Callable[..., Inputs]
 def test_a_build_that_is_followed_anew_is_looked_at_for_secrets_too(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = BuildRecord("/w/a", (), None, None, None, False, str(home), 0, 1.0, 1.0)
+    plain = BuildRecord("/w/a", (), (), None, None, False, str(home), 0, 1.0, 1.0)
     builds = MachineFiles.at(home / "state", "default").builds
     builds.mkdir(parents=True)
     monkeypatch.setattr(follow, "attach", lambda *_, watch, **__: isinstance(watch, Guard) and None)
