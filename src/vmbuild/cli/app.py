@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vmbuild.cli import build, cache, host, machine, top
+from vmbuild.cli import bench, build, cache, host, machine, top
 from vmbuild.cli.options import Group
 from vmbuild.errors import EXIT_CODES
 
@@ -14,6 +14,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(machine.status, top.top, machine.resize, machine.trim, machine.list_command),
     *(machine.ssh, machine.console, machine.logs, machine.down, machine.suspend, machine.destroy),
     *(cache.images, cache.prune, host.doctor, host.config),
+    *(bench.bench_command,),
 )
 """In the order in which people meet them."""
 
