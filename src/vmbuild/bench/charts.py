@@ -11,6 +11,9 @@ from vmbuild.bench.sampler import Sample
 from vmbuild.bench.statistics import Ratio
 from vmbuild.model import GIB, MIB
 
+WORTH_S = 0.5
+"""What takes less on every side has a ratio, but says nothing."""
+
 TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Ratios that an axis may be marked at."""
 
@@ -28,7 +31,8 @@ def ratio_text(ratio: Ratio | None) -> str:
     """Return a ratio and its interval as HTML."""
     if ratio is None:
         return ""
-    return f"<b>{ratio.value:.2f}</b> <span class=small>{ratio.low:.2f} to {ratio.high:.2f}</span>"
+    value, low, high = (f"{each:.2f}" if each < 10 else f"{each:.1f}" for each in (ratio.value, ratio.low, ratio.high))
+    return f"<b>{value}</b> <span class=small>{low} to {high}</span>"
 
 
 def legend(result: Result) -> str:
@@ -48,13 +52,9 @@ def bars(rows: Sequence[Row], result: Result) -> str:
 
 def _bar_row(row: Row, result: Result, most: float) -> str:
     drawn = "".join(_bar(index, row, side, most) for index, side in enumerate(result.sides))
-    ratios = "<br>".join(filter(None, (ratio_text(row.ratios.get(side)) for side in result.sides[1:])))
     kind = "name step" if row.kind == "run" else "name"
     title = escape(row.title, quote=True)
-    return (
-        f'<div class=row><div class="{kind}" title="{title}">{title}</div>'
-        f"<div class=bars>{drawn}</div><div class=ratio>{ratios}</div></div>"
-    )
+    return f'<div class="row wide"><div class="{kind}" title="{title}">{title}</div><div class=bars>{drawn}</div></div>'
 
 
 def _bar(index: int, row: Row, side: str, most: float) -> str:
@@ -74,6 +74,7 @@ def _bar(index: int, row: Row, side: str, most: float) -> str:
 
 def forest(rows: Sequence[Row], result: Result) -> str:
     """Return the ratios of rows on one logarithmic axis, 1 marked: left of it the first side is faster."""
+    rows = [row for row in rows if _is_worth_it(row)]
     found = [ratio for row in rows for ratio in row.ratios.values()]
     if not found:
         return ""
@@ -94,6 +95,11 @@ def forest(rows: Sequence[Row], result: Result) -> str:
             if (ratio := row.ratios.get(side)) is not None:
                 lines.append(_forest_row(row, side, index, ratio, place, many=len(result.sides) > 2))
     return f'<div class=forest style="--one:{place(1):.2f}%">{"".join(lines)}</div>'
+
+
+def _is_worth_it(row: Row) -> bool:
+    longest = max((each.median for each in row.summaries.values()), default=0.0)
+    return row.kind != "rest" and (row.unit != "s" or longest >= WORTH_S)
 
 
 def _forest_row(row: Row, side: str, index: int, ratio: Ratio, place: Callable[[float], float], *, many: bool) -> str:

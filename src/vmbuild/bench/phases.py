@@ -193,9 +193,10 @@ def read_buildah(lines: Sequence[Line], begun: float, ended: float) -> tuple[Pha
     exported = commits[-1] if commits else ended
     spent.add(Kind.CONTEXT, marks[0][0] - begun)
     spent.add(Kind.EXPORT, ended - exported)
-    ends = [*(at for at, _ in marks[1:]), exported]
+    turns = sorted([*(at for at, _ in marks), *commits, exported])
     counts: dict[int, int] = {}
-    for (at, match), end in zip(marks, ends, strict=True):
+    for at, match in marks:
+        end = next(turn for turn in turns if turn > at or turn == exported)
         stage, word = int(match["stage"] or 1) - 1, match["word"].upper()
         if word == "RUN":
             counts[stage] = counts.get(stage, 0) + 1

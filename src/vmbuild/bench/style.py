@@ -28,6 +28,7 @@ color:var(--ink2)}
 .s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}
 .row{display:grid;grid-template-columns:minmax(0,13rem) minmax(0,1fr) 8.5rem;gap:0 1rem;align-items:center;
 padding:.6rem 0;border-top:1px solid var(--grid)}
+.row.wide{grid-template-columns:minmax(0,13rem) minmax(0,1fr)}
 .row:first-of-type{border-top:0}
 .row .name{font-size:.875rem;overflow-wrap:anywhere;overflow:hidden;
 display:-webkit-box;-webkit-line-clamp:3;-webkit-box-orient:vertical}
@@ -53,7 +54,8 @@ background:var(--c);box-shadow:0 0 0 2px var(--card)}
 .chart svg{display:block;width:100%;height:9rem;overflow:visible}
 .chart .x{position:relative;grid-column:2;height:1.4rem;font-size:.75rem;color:var(--muted);
 font-variant-numeric:tabular-nums}
-.chart .x span{position:absolute;transform:translateX(-50%)}
+.chart .x span{position:absolute;transform:translateX(-50%);white-space:nowrap}
+.chart .x span:first-child{transform:none}
 .chart .x span:last-child{transform:translateX(-100%)}
 .chart path{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;vector-effect:non-scaling-stroke}
 .chart line{stroke:var(--grid);vector-effect:non-scaling-stroke}
@@ -71,7 +73,7 @@ details[open] summary{margin-bottom:.75rem}
 main{padding:1.5rem .9rem 3rem}h1{font-size:1.45rem}
 .card{padding:1rem .9rem}
 .tiles{grid-template-columns:1fr;gap:0}
-.row{grid-template-columns:minmax(0,1fr) auto}
+.row,.row.wide{grid-template-columns:minmax(0,1fr) auto}
 .row .ratio{grid-column:2;grid-row:1}.row .bars{grid-column:1/3;margin-top:.35rem}
 .row .name{-webkit-line-clamp:2}
 .forest .row .plot{grid-column:1/3}.forest .row.head .name,.forest .row.head .ratio{display:none}
