@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from vmbuild import compare
+from vmbuild.bench import sampler
 from vmbuild.bench.phases import Kind, Phase
+from vmbuild.bench.result import Report
 from vmbuild.bench.runner import Measured
 from vmbuild.bench.sampler import Taken
 from vmbuild.bench.workload import Workload
@@ -53,7 +55,7 @@ def work(tmp_path: Path) -> Workload:
     return Workload("it", tmp_path, tmp_path / "Dockerfile", runs=2)
 
 
-def go(work: Workload, home: Path, *, cpus: int = 1) -> compare.Report:
+def go(work: Workload, home: Path, *, cpus: int = 1) -> Report:
     request = MachineRequest("bench", cpus, 2048, GIB, "debian-13-arm64")
     asked = Asked((work,), ("vm", "user"), "auto", "disk", "vmbuild bench")
     return compare.compare(request, asked, Home(home, home), SilentReporter())
@@ -63,7 +65,7 @@ def go(work: Workload, home: Path, *, cpus: int = 1) -> compare.Report:
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     found = Turns("vm", "user")
     monkeypatch.setattr(compare, "open_sides", found.open)
-    monkeypatch.setattr(compare.sampler, "wait_quiet", lambda _: True)
+    monkeypatch.setattr(sampler, "wait_quiet", lambda _: True)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vmbuild import sides
+from vmbuild import build, operate, sides
 from vmbuild.bench import binfmt, userspace
 from vmbuild.bench.userspace import Runner, Userspace
 from vmbuild.bench.workload import Workload
@@ -35,8 +35,8 @@ class Listener(SilentReporter):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What is done to machines and to buildah's storage, none of which is there."""
     log: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(sides.operate, "down", lambda name, *_: log.append(("down", name)))
-    monkeypatch.setattr(sides.operate, "up", lambda request, *_: log.append(("up", request.name)))
+    monkeypatch.setattr(operate, "down", lambda name, *_: log.append(("down", name)))
+    monkeypatch.setattr(operate, "up", lambda request, *_: log.append(("up", request.name)))
 
     def base(request: MachineRequest, reference: str, *_: object, platforms: object, force: bool) -> None:
         log.append(("base", request.name, reference, platforms))
@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         log.append(("open", platform, runner))
         return Userspace(folder, platform, Runner.HOST, binfmt.EMULATORS[platform])
 
-    monkeypatch.setattr(sides.build, "base", base)
+    monkeypatch.setattr(build, "base", base)
     monkeypatch.setattr(sides, "_export_base", export)
     monkeypatch.setattr(userspace, "open_userspace", open_userspace)
     monkeypatch.setattr(userspace, "import_base", lambda _, path, name: log.append(("import", path.name, name)))
