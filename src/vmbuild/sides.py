@@ -50,7 +50,7 @@ SIDES = {
 }
 """What can be compared, by name."""
 
-DISK_IMAGE = "debian-13-arm64-disk"
+DISK_IMAGE = "debian-13-cloud-arm64"
 
 
 @dataclass(frozen=True)

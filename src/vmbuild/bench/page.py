@@ -43,7 +43,7 @@ def _overview(results: Sequence[Result]) -> str:
         total = summary_rows(result)[0]
         rows.append(Row(total.key, total.kind, f"{result.name}, {result.platform}", "s", total.summaries, total.ratios))
     chart = charts.forest(rows, results[0])
-    return f"<h2>All workloads</h2><div class=card><h3>Time of {escape(sides[0])} by the other's</h3>{chart}</div>"
+    return f"<h2>All workloads</h2><div class=card><h3>Time: {escape(sides[0])} / other, below 1 it took less</h3>{chart}</div>"
 
 
 def _result(result: Result) -> str:
@@ -57,7 +57,7 @@ def _result(result: Result) -> str:
             charts.legend(result),
             f"<div class=tiles>{''.join(_tile(row, result) for row in (total, cpu, memory))}</div>",
             f"<div class=card><h3>Time of each phase</h3>{charts.bars(phases, result)}</div>",
-            f"<div class=card><h3>Ratios, {escape(result.sides[0])} by the other</h3>"
+            f"<div class=card><h3>Ratios: {escape(result.sides[0])} / other, below 1 it took less</h3>"
             f"{charts.forest([total, cpu, memory, *phases], result)}</div>",
             f"<div class=card>{charts.timeline(result)}"
             "<p class=small>The run of each side that took the middle time, as the host sees it: all processes of the "

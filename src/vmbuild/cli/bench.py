@@ -57,7 +57,7 @@ PAGE, DATA = "index.html", "report.json"
 @click.option(
     "--disk-image",
     metavar="IMAGE",
-    default="debian-13-arm64-disk",
+    default="debian-13-cloud-arm64",
     help="The guest image of vm-disk.",
     show_default=True,
 )
