@@ -182,8 +182,8 @@ def talking(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: P
     try:
         yield Talk(program)
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if program.poll() is None:
+        if program.poll() is None:
+            for number in (signal.SIGTERM, signal.SIGKILL):  # the second also for what outlives the program
                 with suppress(ProcessLookupError):
                     os.killpg(program.pid, number)
                 with suppress(subprocess.TimeoutExpired):

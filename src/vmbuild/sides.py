@@ -50,8 +50,6 @@ SIDES = {
 }
 """What can be compared, by name."""
 
-DISK_IMAGE = "debian-13-cloud-arm64"
-
 
 @dataclass(frozen=True)
 class Asked:

@@ -43,7 +43,8 @@ def _overview(results: Sequence[Result]) -> str:
         total = summary_rows(result)[0]
         rows.append(Row(total.key, total.kind, f"{result.name}, {result.platform}", "s", total.summaries, total.ratios))
     chart = charts.forest(rows, results[0])
-    return f"<h2>All workloads</h2><div class=card><h3>Time: {escape(sides[0])} / other, below 1 it took less</h3>{chart}</div>"
+    heading = f"<h3>Time: {escape(sides[0])} / other, below 1 it took less</h3>"
+    return f"<h2>All workloads</h2><div class=card>{heading}{chart}</div>"
 
 
 def _result(result: Result) -> str:
