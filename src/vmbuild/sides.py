@@ -18,7 +18,7 @@ from vmbuild.bench.runner import Command, Measured, measure
 from vmbuild.bench.userspace import Userspace
 from vmbuild.bench.workload import Workload
 from vmbuild.errors import UsageError
-from vmbuild.guest import archive, bases
+from vmbuild.guest import archive, bases, oci
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
 from vmbuild.machine import lifetime
@@ -84,7 +84,6 @@ def open_sides(
 ) -> list[Side]:
     """Bring every side up, with the same base images."""
     known = [name for name in work.bases if _is_known(name)]
-    pull = len(known) < len(work.bases)
     opened: dict[str, Side] = {}
     # What cannot be is said before anything that takes long.
     user_sides = {
@@ -111,9 +110,9 @@ def open_sides(
                 _export_base(own, reference, work.platform, archives[reference], home, report)
         opened[name] = _machine_side(name, own, work, home, report)
     for name, space in user_sides.items():
-        for reference, path in archives.items():
-            userspace.import_base(space, path, reference)
-        opened[name] = _user_side(name, space, work, pull=pull)
+        for reference in work.bases:
+            userspace.import_base(space, oci.full_reference(reference), archives.get(reference))
+        opened[name] = _user_side(name, space, work)
     _warn_of_versions(user_sides, request, home, report)
     return [opened[name] for name in asked.sides]
 
@@ -216,11 +215,11 @@ def _machine_facts(name: str, request: MachineRequest, home: Home, report: Repor
     }
 
 
-def _user_side(name: str, space: Userspace, work: Workload, *, pull: bool) -> Side:
+def _user_side(name: str, space: Userspace, work: Workload) -> Side:
     def read(measured: Measured) -> tuple[phases.Phase, ...]:
         return phases.read_buildah(measured.lines, measured.begun, measured.ended)
 
-    run = partial(userspace.run_build, space, work, pull=pull)
+    run = partial(userspace.run_build, space, work)
     return Side(name, run, read, lambda: None, partial(userspace.describe, space))
 
 

@@ -200,7 +200,7 @@ ALLOWED: dict[str, set[str]] = {
     "sides": GROUND
     | {"build", "operate", "process", "reach", "settle", "start", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("facts", "files", "lifetime", "probe")}
-    | {"guest.archive", "guest.bases"}
+    | {"guest.archive", "guest.bases", "guest.oci"}
     | {f"bench.{name}" for name in ("binfmt", "facts", "phases", "runner", "userspace", "workload")},
     "compare": GROUND | {"sides"} | {f"bench.{name}" for name in ("facts", "result", "sampler", "workload")},
     "settings": GROUND,

@@ -51,7 +51,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(build, "base", base)
     monkeypatch.setattr(sides, "_export_base", export)
     monkeypatch.setattr(userspace, "open_userspace", open_userspace)
-    monkeypatch.setattr(userspace, "import_base", lambda _, path, name: log.append(("import", path.name, name)))
+    monkeypatch.setattr(
+        userspace, "import_base", lambda _, name, path: log.append(("import", name, path and path.name))
+    )
     monkeypatch.setattr(sides, "_warn_of_versions", lambda *_: None)
     return log
 
@@ -68,14 +70,15 @@ def opened(folder: Path, names: tuple[str, ...], *bases: str) -> tuple[list[side
 
 
 def test_both_sides_get_the_machines_base_image(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
-    found, stack = opened(tmp_path, ("vm", "user"), "debian:trixie-slim")
+    found, stack = opened(tmp_path, ("vm", "user"), "debian:trixie-slim", "alpine:3.22")
     assert [side.name for side in found] == ["vm", "user"]
     assert calls == [
         ("open", "linux/arm/v7", "chroot"),
         ("down", "bench-vm"),
         ("base", "bench-vm", "debian:trixie-slim", ("linux/arm/v7",)),
         ("export", "bench-vm", "debian:trixie-slim", "linux/arm/v7"),
-        ("import", "base-0.tar", "debian:trixie-slim"),
+        ("import", "docker.io/library/debian:trixie-slim", "base-0.tar"),
+        ("import", "docker.io/library/alpine:3.22", None),
     ]
     stack.close()
     assert calls[-1] == ("down", "bench-vm")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -148,8 +149,8 @@ def _stage_number(name: str | None, stages: Sequence[str]) -> int:
 
 def _read_vertices(lines: Iterable[Line]) -> dict[str, _Vertex]:
     found: dict[str, _Vertex] = {}
-    for line in lines:
-        for data in _parse(line.text).get("vertexes") or ():
+    for status in _read_objects(line.text for line in lines):
+        for data in status.get("vertexes") or ():
             vertex = found.setdefault(str(data.get("digest")), _Vertex())
             vertex.name = str(data.get("name") or vertex.name)
             if data.get("started") and vertex.started is None:
@@ -159,13 +160,17 @@ def _read_vertices(lines: Iterable[Line]) -> dict[str, _Vertex]:
     return found
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """Return a line of BuildKit's JSON, nothing for a line of somebody else."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _read_objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects among other lines: one on each, or indented over several, as buildx 0.13 writes them."""
+    held: list[str] = []
+    for line in lines:
+        if not held and not line.startswith("{"):
+            continue  # somebody else's
+        held.append(line)
+        if line.startswith("}") or (len(held) == 1 and line.endswith("}")):
+            with suppress(ValueError):
+                yield json.loads("\n".join(held))
+            held.clear()
 
 
 def _seconds(stamp: str) -> float:

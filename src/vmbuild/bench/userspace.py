@@ -109,18 +109,26 @@ def open_userspace(platform: str, runner: str, folder: Path) -> Userspace:
     return found
 
 
-def import_base(side: Userspace, archive: Path, reference: str) -> None:
-    """Give this side a base image: the very one that the machine has, from a docker archive."""
-    image = side.run("pull", "--quiet", f"docker-archive:{archive}").split()[-1]
-    side.run("tag", image, f"docker.io/library/{reference}")
+def import_base(side: Userspace, reference: str, archive: Path | None) -> None:
+    """Give this side a base image by its full name: the very one that the machine has, else the registry's.
+
+    The emulator is told its CPU by a variable, and only an image's own variables reach the steps of a build: buildah's
+    --env is for the image that comes of it (buildah 1.28).
+    """
+    if archive is not None:
+        side.run("pull", "--quiet", f"docker-archive:{archive}")
+    pull = "--pull" if archive is None else "--pull-never"
+    container = side.run("from", pull, "--platform", side.platform, reference).split()[-1]
+    for name, value in _emulator_env(side).items():
+        side.run("config", "--env", f"{name}={value}", container)
+    side.run("commit", "--quiet", "--rm", container, reference)
+    side.run("rmi", "--prune")
 
 
-def build_script(side: Userspace, work: Workload, output: Path, *, pull: bool) -> str:
+def build_script(side: Userspace, work: Workload, output: Path) -> str:
     """Return the shell script that builds a workload and writes its archive."""
     options = ["--isolation", "chroot", "--platform", side.platform, "--no-cache", "--layers=false", "--tag", IMAGE]
-    options += [] if pull else ["--pull-never"]
-    for name, value in _emulator_env(side).items():
-        options += ["--env", f"{name}={value}"]  # it reaches the emulator only as a variable of the container
+    options.append("--pull-never")
     for name, value in work.build_args.items():
         options += ["--build-arg", f"{name}={value}"]
     options += ["--target", work.target] if work.target else []
@@ -129,10 +137,10 @@ def build_script(side: Userspace, work: Workload, output: Path, *, pull: bool) -
     return f"set -e\n{shlex.join(build)}\n{shlex.join(push)}\n"
 
 
-def run_build(side: Userspace, work: Workload, output: Path, *, pull: bool) -> Measured:
+def run_build(side: Userspace, work: Workload, output: Path) -> Measured:
     """Build a workload on this side. Raises BuildError."""
     output.unlink(missing_ok=True)  # buildah does not write into an archive that is there
-    measured = measure(side.command(["sh", "-c", build_script(side, work, output, pull=pull)]))
+    measured = measure(side.command(["sh", "-c", build_script(side, work, output)]))
     side.run("rmi", "--force", IMAGE)
     return measured
 

@@ -60,6 +60,16 @@ def test_buildkits_vertices_become_phases() -> None:
     assert [phase.title for phase in phases if phase.kind == "run"] == ["RUN first && more", "RUN second", "RUN third"]
 
 
+def test_indented_json_is_the_same() -> None:
+    indented = []
+    for each in BUILDKIT:
+        text = json.dumps(json.loads(each.text), indent=2) if each.text.startswith("{") else each.text
+        indented += [Line(each.at, part) for part in text.splitlines()]
+    assert len(indented) > 5 * len(BUILDKIT)
+    stages = ("build", "")
+    assert read_buildkit(indented, stages, BEGUN, BEGUN + 16) == read_buildkit(BUILDKIT, stages, BEGUN, BEGUN + 16)
+
+
 def test_one_stage_has_no_name() -> None:
     lines = [status("[1/2] FROM x", 1.0, 2.0), status("[2/2] RUN it", 2.0, 5.0)]
     assert by_key(read_buildkit(lines, ("",), BEGUN, BEGUN + 6))["run 1.01"] == 3.0

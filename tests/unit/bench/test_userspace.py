@@ -20,6 +20,7 @@ while [ "${1#--}" != "$1" ]; do shift 2; done
 echo "$*" >>"$FAKE_LOG"
 case $1 in
 pull) echo Getting image; echo 0123abcd ;;
+from) echo Getting image; echo work-1 ;;
 bud) echo "STEP 1/2: FROM debian"; echo "STEP 2/2: RUN true"; echo "COMMIT x" ;;
 push) for place; do :; done; echo archive >"${place#docker-archive:}" ;;
 esac
@@ -50,25 +51,16 @@ def host_side(folder: Path, platform: str = "linux/arm64") -> Userspace:
 
 
 def test_the_script_builds_and_writes_the_archive(tmp_path: Path) -> None:
-    script = userspace.build_script(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar", pull=False)
+    script = userspace.build_script(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar")
     first, build, push = script.splitlines()
     assert first == "set -e"
     words = shlex.split(build)
     assert words[:3] == ["buildah", "--root", str(tmp_path / "host-linux-arm64/root")]
-    for option in (["--isolation", "chroot"], ["--platform", "linux/arm64"], ["--env", "QEMU_CPU=cortex-a76"]):
+    for option in (["--isolation", "chroot"], ["--platform", "linux/arm64"]):
         assert any(words[at : at + 2] == option for at in range(len(words))), option
     assert {"--no-cache", "--layers=false", "--pull-never", "SIZE=3 4", "last"} <= set(words)
     assert words[-1] == str(tmp_path)
     assert shlex.split(push)[-1] == f"docker-archive:{tmp_path}/o.tar"
-
-
-def test_what_vmbuild_cannot_make_is_pulled(tmp_path: Path) -> None:
-    assert "--pull-never" not in userspace.build_script(host_side(tmp_path), work(tmp_path), tmp_path / "o", pull=True)
-
-
-def test_a_native_build_has_no_emulator(tmp_path: Path) -> None:
-    native = Userspace(tmp_path, "linux/arm64", Runner.NATIVE, None)
-    assert "QEMU_CPU" not in userspace.build_script(native, work(tmp_path), tmp_path / "o", pull=False)
 
 
 def test_platforms_and_runners_have_a_storage_each(tmp_path: Path) -> None:
@@ -77,16 +69,34 @@ def test_platforms_and_runners_have_a_storage_each(tmp_path: Path) -> None:
     assert len(places) == 3
 
 
-def test_a_base_image_gets_its_name(tmp_path: Path, log: Path) -> None:
-    userspace.import_base(host_side(tmp_path), tmp_path / "base.tar", "debian:trixie-slim")
-    pull, tag = log.read_text().splitlines()
-    assert pull == f"pull --quiet docker-archive:{tmp_path}/base.tar"
-    assert tag == "tag 0123abcd docker.io/library/debian:trixie-slim"
+NAME = "docker.io/library/debian:trixie-slim"
+
+
+def test_a_base_image_tells_the_emulator_its_cpu(tmp_path: Path, log: Path) -> None:
+    userspace.import_base(host_side(tmp_path), NAME, tmp_path / "base.tar")
+    assert log.read_text().splitlines() == [
+        f"pull --quiet docker-archive:{tmp_path}/base.tar",
+        f"from --pull-never --platform linux/arm64 {NAME}",
+        "config --env QEMU_CPU=cortex-a76 work-1",
+        f"commit --quiet --rm work-1 {NAME}",
+        "rmi --prune",
+    ]
+
+
+def test_what_vmbuild_cannot_make_is_pulled(tmp_path: Path, log: Path) -> None:
+    userspace.import_base(host_side(tmp_path), "docker.io/library/alpine:3.22", None)
+    assert log.read_text().splitlines()[0] == "from --pull --platform linux/arm64 docker.io/library/alpine:3.22"
+
+
+def test_a_native_build_has_no_emulator(tmp_path: Path, log: Path) -> None:
+    native = Userspace(tmp_path, "linux/arm64", Runner.NATIVE, None)
+    userspace.import_base(native, NAME, tmp_path / "base.tar")
+    assert "QEMU_CPU" not in log.read_text()
 
 
 def test_a_build_leaves_its_archive_alone(tmp_path: Path, log: Path) -> None:
     (tmp_path / "o.tar").write_text("of the run before")
-    found = userspace.run_build(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar", pull=False)
+    found = userspace.run_build(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar")
     assert (tmp_path / "o.tar").read_text() == "archive\n"
     assert [line.text for line in found.lines][-1] == "COMMIT x"
     assert log.read_text().splitlines()[-1] == "rmi --force localhost/vmbuild-bench:latest"
