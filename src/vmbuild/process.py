@@ -20,6 +20,9 @@ from vmbuild.errors import HostError
 
 PACKAGES = {
     "gpgv": "gpgv",
+    "newuidmap": "uidmap",
+    "qemu-aarch64-static": "qemu-user-static",
+    "qemu-arm-static": "qemu-user-static",
     "qemu-img": "qemu-utils",
     "qemu-system-aarch64": "qemu-system-arm",
     "ssh-add": "openssh-client",
@@ -29,6 +32,8 @@ PACKAGES = {
 
 
 LEAST_PRIORITY = 19
+TALK_GRACE_S = 30.0
+"""How long a program that was spoken with may take to clean up; a build takes what runs in its guest away."""
 
 
 class CommandError(HostError):
@@ -177,6 +182,56 @@ def _wait_or_kill(program: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         program.kill()
         program.wait()
+
+
+class Talk:
+    """A program that is spoken with: its lines, both outputs together, as they come, and words for it to read."""
+
+    def __init__(self, program: subprocess.Popen[bytes]) -> None:
+        self._program = program
+        self.pid = program.pid
+
+    def lines(self) -> Iterator[str]:
+        """Yield what it writes, line by line, until it ends."""
+        assert self._program.stdout is not None  # noqa: S101 - it is a pipe
+        for line in self._program.stdout:
+            yield line.decode(errors="replace").rstrip("\r\n")
+
+    def say(self, text: str) -> None:
+        """Write a line to it; nothing where it reads no more."""
+        assert self._program.stdin is not None  # noqa: S101 - it is a pipe
+        with suppress(BrokenPipeError):
+            self._program.stdin.write(text.encode() + b"\n")
+            self._program.stdin.flush()
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code."""
+        return self._program.wait()
+
+
+@contextmanager
+def talking(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Iterator[Talk]:
+    """Start a program in a session of its own and speak with it; it is ended, and what it started, with the block.
+
+    Raises HostError when it is missing.
+    """
+    argv = [find_program(argv[0]), *argv[1:]]
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
+    )
+    try:
+        yield Talk(program)
+    finally:
+        if program.poll() is None:
+            for number in (signal.SIGTERM, signal.SIGKILL):  # the second also for what outlives the program
+                with suppress(ProcessLookupError):
+                    os.killpg(program.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    program.wait(TALK_GRACE_S)
+        for each in (program.stdin, program.stdout):
+            with suppress(BrokenPipeError):
+                each.close()  # type: ignore[union-attr] # they are pipes
 
 
 def is_alive(pid: int) -> bool:

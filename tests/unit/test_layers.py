@@ -85,7 +85,7 @@ GUEST = {
     "passed",
     *("forward", "relay", "extract", "copying", "published"),
 }
-COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside"}
+COMMANDS = {"build", "machine", "top", "cache", "host", "dockerhost", "inside", "bench"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -251,6 +251,24 @@ ALLOWED: dict[str, set[str]] = {
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
     | {f"machine.{name}" for name in ("control", "facts", "files", "lifetime", "probe", "snapshot")},
     "doctor": GROUND | {"process", "image.debian", "machine.firmware", "machine.probe"},
+    "bench.workload": GROUND,
+    "bench.statistics": set(),
+    "bench.phases": set(),
+    "bench.sampler": GROUND,
+    "bench.binfmt": GROUND | {"process"},
+    "bench.runner": GROUND | {"process", "bench.phases", "bench.sampler"},
+    "bench.userspace": GROUND | {"process", "bench.binfmt", "bench.runner", "bench.workload"},
+    "bench.facts": GROUND,
+    "bench.result": {"bench.phases", "bench.sampler", "bench.statistics"},
+    "bench.style": set(),
+    "bench.charts": GROUND | {"bench.result", "bench.sampler", "bench.statistics"},
+    "bench.page": GROUND | {"bench.charts", "bench.result", "bench.style"},
+    "sides": GROUND
+    | {"build", "operate", "process", "reach", "settle", "start", "image.base", "image.catalog"}
+    | {f"machine.{name}" for name in ("facts", "files", "lifetime", "probe")}
+    | {"guest.archive", "guest.bases", "guest.oci"}
+    | {f"bench.{name}" for name in ("binfmt", "facts", "phases", "runner", "userspace", "workload")},
+    "compare": GROUND | {"sides"} | {f"bench.{name}" for name in ("facts", "result", "sampler", "workload")},
     "networks": GROUND,
     "settings": GROUND | {"networks"},
     "ui": GROUND,
@@ -270,6 +288,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},
     "cli.host": {"errors", "settings", "ui", "cli.completion", "cli.options", "doctor"},
+    "cli.bench": {"errors", "model", "whole", "ui", "cli.options", "compare", "sides"}
+    | {"bench.workload", "bench.result", "bench.page"},
     "cli.app": {"errors", "cli.options", *(f"cli.{name}" for name in COMMANDS)},
     "cli.program": {"errors", "ui", "cli.app"},
     "__main__": {"cli.program"},

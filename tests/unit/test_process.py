@@ -186,3 +186,26 @@ def test_a_program_is_looked_for_on_path(tmp_path: Path, monkeypatch: pytest.Mon
     assert process.has_program("sh")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not process.has_program("sh")
+
+
+def test_a_program_is_spoken_with_line_by_line() -> None:
+    with process.talking(["sh", "-c", "echo one; read -r word; echo $word >&2; exit 4"]) as talk:
+        lines = talk.lines()
+        assert next(lines) == "one"
+        talk.say("two")
+        assert list(lines) == ["two"]
+        assert talk.wait() == 4
+
+
+def test_who_listens_no_more_is_told_nothing() -> None:
+    with process.talking(["true"]) as talk:
+        assert talk.wait() == 0
+        talk.say("is anyone there")
+
+
+def test_a_program_that_is_left_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "TALK_GRACE_S", 0.5)
+    with process.talking(["sh", "-c", f'{sys.executable} -c "{STUBBORN}"; :']) as talk:
+        assert next(talk.lines()) == "up"
+        child = int(subprocess.run(["pgrep", "-P", str(talk.pid)], capture_output=True, check=True).stdout)
+    assert process.wait_gone(child, Deadline.after(5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vmbuild.cli import build, cache, dockerhost, host, inside, machine, top
+from vmbuild.cli import bench, build, cache, dockerhost, host, inside, machine, top
 from vmbuild.cli.options import Group
 from vmbuild.errors import EXIT_CODES
 
@@ -14,7 +14,7 @@ COMMANDS: tuple[click.Command, ...] = (
     *(machine.status, top.top, machine.resize, machine.trim, machine.list_command),
     *(machine.ssh, machine.console, machine.logs, machine.down, machine.suspend, machine.destroy),
     *(dockerhost.env, dockerhost.docker, dockerhost.forward, inside.exec_command, inside.shell, inside.cp),
-    *(cache.images, cache.prune, host.doctor, host.config, host.completion_command),
+    *(cache.images, cache.prune, bench.bench_command, host.doctor, host.config, host.completion_command),
 )
 """In the order in which people meet them."""
 

@@ -1,0 +1,107 @@
+"""The recipe of a comparison: the same build, in turns, in a machine and under user-mode emulation, and what it took.
+
+Every run is a program that is watched from outside, as a user would start it; nothing is measured from within.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from vmbuild.bench import facts, sampler
+from vmbuild.bench.result import Report, Result, Run
+from vmbuild.bench.workload import Workload
+from vmbuild.model import Home, MachineRequest
+from vmbuild.report import Reporter
+from vmbuild.sides import SIDES, Asked, Side, open_sides
+from vmbuild.whole import hash_file
+
+QUIET_S = 20.0
+"""How long a run may wait until the host is idle: what the run before left to do is no part of it."""
+
+
+def compare(request: MachineRequest, asked: Asked, home: Home, report: Reporter) -> Report:
+    """Build each workload on each side, in turns, and return what that took. Raises BuildError when one fails."""
+    made_at = time.time()
+    with _on_cpus(request.cpus):
+        host = facts.host_facts()
+        results = tuple(_compare_one(request, asked, work, home, report) for work in asked.workloads)
+    return Report(made_at, version("vmbuild"), asked.command, host, results)
+
+
+@contextmanager
+def _on_cpus(count: int) -> Iterator[None]:
+    """Run what is started here, on either side, on so many of the host's CPUs; all where it has fewer."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(usable)[:count]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
+
+
+def _compare_one(request: MachineRequest, asked: Asked, work: Workload, home: Home, report: Reporter) -> Result:
+    report.step(
+        f"{work.name} for {work.platform}: {', '.join(asked.sides)}, {work.runs} runs each after one to warm up"
+    )
+    with tempfile.TemporaryDirectory(prefix="vmbuild-bench-") as folder, ExitStack() as until_done:
+        sides = open_sides(request, asked, work, home, report, Path(folder), until_done)
+        runs: list[Run] = []
+        for number in range(work.runs + 1):
+            for side in sides:
+                runs += _run_once(side, number, Path(folder) / "image.tar", report)
+        side_facts = {side.name: {"what": SIDES[side.name].what, **side.facts()} for side in sides}
+    return Result(
+        name=work.name,
+        platform=work.platform,
+        description=work.description,
+        cpus=request.cpus,
+        memory_mib=request.memory_mib,
+        build_args=work.build_args,
+        dockerfile_sha256=hash_file(work.dockerfile),
+        sides=tuple(side.name for side in sides),
+        side_facts=side_facts,
+        runs=tuple(runs),
+    )
+
+
+def _run_once(side: Side, number: int, output: Path, report: Reporter) -> list[Run]:
+    """Make a run; the first, which warms up, counts for nothing."""
+    side.before()
+    output.unlink(missing_ok=True)
+    is_quiet = sampler.wait_quiet(QUIET_S)
+    measured = side.run(output)
+    taken = measured.taken
+    report.step(
+        f"{side.name}, {f'run {number}' if number else 'warming up'}: {taken.seconds:.1f} s, {taken.cpu_s:.1f} s of CPU"
+        + (
+            " (other load on this host)"
+            if taken.is_disturbed
+            else ""
+            if is_quiet
+            else " (the host did not become idle)"
+        )
+    )
+    if number == 0:
+        return []
+    size = output.stat().st_size
+    return [
+        Run(
+            side=side.name,
+            number=number,
+            started_at=measured.begun,
+            seconds=taken.seconds,
+            cpu_s=taken.cpu_s,
+            peak_memory_bytes=taken.peak_memory_bytes,
+            other_cpu_s=taken.other_cpu_s,
+            disturbed=taken.is_disturbed,
+            archive_bytes=size,
+            phases=side.read(measured),
+            samples=taken.samples,
+        )
+    ]

@@ -1,0 +1,235 @@
+"""The sides of a comparison: machines and what has none, brought up with the same base images."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+
+from vmbuild import build, operate, process, settle
+from vmbuild.bench import binfmt, facts, phases, userspace
+from vmbuild.bench.runner import Command, Measured, measure
+from vmbuild.bench.userspace import Userspace
+from vmbuild.bench.workload import Workload
+from vmbuild.errors import UsageError
+from vmbuild.guest import archive, bases, oci
+from vmbuild.image import base as base_image
+from vmbuild.image import catalog
+from vmbuild.machine import lifetime
+from vmbuild.machine.facts import load_facts
+from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.probe import probe
+from vmbuild.model import Home, MachineRequest, arch_name
+from vmbuild.reach import channel_of
+from vmbuild.report import Reporter
+from vmbuild.start import open_session
+
+
+@dataclass(frozen=True)
+class SideKind:
+    """A way to build: `runner` of the side without a machine, None for one with a machine."""
+
+    what: str
+    runner: str | None = None
+    cold: bool = False
+    disk: bool = False
+
+
+SIDES = {
+    "vm": SideKind("the machine, running already"),
+    "vm-cold": SideKind("the machine, booted for the build", cold=True),
+    "vm-disk": SideKind("a machine that runs a distribution's own disk", disk=True),
+    "user": SideKind("buildah, with qemu-user through binfmt_misc", runner="auto"),
+    "native": SideKind("buildah on an ARM host", runner="native"),
+}
+"""What can be compared, by name."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to compare: the first side with the others, in a machine of this kind."""
+
+    workloads: Sequence[Workload]
+    sides: tuple[str, ...]
+    user_runner: str
+    disk_image: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to build that is ready: what makes one run, and what there is to know of it."""
+
+    name: str
+    run: Callable[[Path], Measured]
+    read: Callable[[Measured], tuple[phases.Phase, ...]]
+    before: Callable[[], None]
+    facts: Callable[[], Mapping[str, str]]
+
+
+def open_sides(
+    request: MachineRequest,
+    asked: Asked,
+    work: Workload,
+    home: Home,
+    report: Reporter,
+    folder: Path,
+    until_done: ExitStack,
+) -> list[Side]:
+    """Bring every side up, with the same base images."""
+    known = [name for name in work.bases if _is_known(name)]
+    opened: dict[str, Side] = {}
+    # What cannot be is said before anything that takes long.
+    user_sides = {
+        name: userspace.open_userspace(
+            work.platform,
+            asked.user_runner if SIDES[name].runner == "auto" else str(SIDES[name].runner),
+            home.cache / "bench",
+        )
+        for name in asked.sides
+        if SIDES[name].runner is not None
+    }
+    archives: dict[str, Path] = {}
+    machines = [name for name in asked.sides if SIDES[name].runner is None]
+    if not machines and known:
+        raise UsageError("base images are made in a machine", resolution="Compare with vm, vm-cold or vm-disk.")
+    for name in machines:
+        own = _request_for(name, request, asked)
+        until_done.callback(operate.down, own.name, home, report)
+        operate.down(own.name, home, report)  # its CPUs and memory may have been others, and the host's CPUs free
+        for reference in known:
+            build.base(own, reference, home, report, platforms=(work.platform,), force=False)
+            if user_sides and reference not in archives:
+                archives[reference] = folder / f"base-{len(archives)}.tar"
+                _export_base(own, reference, work.platform, archives[reference], home, report)
+        opened[name] = _machine_side(name, own, work, home, report)
+    for name, space in user_sides.items():
+        for reference in work.bases:
+            userspace.import_base(space, oci.full_reference(reference), archives.get(reference))
+        opened[name] = _user_side(name, space, work)
+    _warn_of_versions(user_sides, request, home, report)
+    return [opened[name] for name in asked.sides]
+
+
+def _is_known(reference: str) -> bool:
+    try:
+        catalog.load_base(reference)
+    except UsageError:
+        return False
+    return True
+
+
+def _request_for(name: str, request: MachineRequest, asked: Asked) -> MachineRequest:
+    """Return the machine of a side: each has one of its own, started from no snapshot and making none."""
+    own = replace(request, name=f"{request.name}-{name}", snapshots=False, demanded=frozenset())
+    return replace(own, image=asked.disk_image) if SIDES[name].disk else own
+
+
+def _export_base(
+    request: MachineRequest, reference: str, platform: str, path: Path, home: Home, report: Reporter
+) -> None:
+    """Write a base image of the machine as a docker archive."""
+    tag = catalog.load_base(reference).repo_tag
+    with open_session(request, home, report) as session, path.open("wb") as out:
+        found = bases.find(session, tag)
+        assert found is not None  # noqa: S101 - it was made a moment ago
+        digest = str(found.manifests[platform]["digest"])
+        known = base_image.known_layers(home.cache)
+        archive.write_archive(session, digest, (tag,), out, known, report, channel_of(_files(request, home)))
+
+
+def _files(request: MachineRequest, home: Home) -> MachineFiles:
+    return MachineFiles.at(home.state, request.name)
+
+
+def _machine_side(name: str, request: MachineRequest, work: Workload, home: Home, report: Reporter) -> Side:
+    files = _files(request, home)
+    env = _build_env(request, home)
+
+    def before() -> None:
+        if SIDES[name].cold:
+            operate.down(request.name, home, report)
+        else:
+            operate.up(request, home, report)
+
+    def run(output: Path) -> Measured:
+        argv = _build_argv(request, work, output)
+        return measure(Command(argv, env, apart=partial(_find_qemu, files)))
+
+    def read(measured: Measured) -> tuple[phases.Phase, ...]:
+        return phases.read_buildkit(measured.lines, work.stages, measured.begun, measured.ended)
+
+    return Side(name, run, read, before, partial(_machine_facts, name, request, home, report))
+
+
+def _find_qemu(files: MachineFiles) -> list[int]:
+    pid = lifetime.find_pid(files, load_facts(files))
+    return [] if pid is None else [pid]
+
+
+def _build_argv(request: MachineRequest, work: Workload, output: Path) -> list[str]:
+    """Return the command that a user would build with."""
+    argv = [sys.executable, "-m", "vmbuild", "build", str(work.context), "--file", str(work.dockerfile.absolute())]
+    argv += ["--name", request.name, "--platform", work.platform, "--progress", "rawjson", "--no-cache"]
+    argv += ["--tag", "vmbuild-bench", "--output", str(output)]
+    for key, value in work.build_args.items():
+        argv += ["--build-arg", f"{key}={value}"]
+    return [*argv, "--target", work.target] if work.target else argv
+
+
+def _build_env(request: MachineRequest, home: Home) -> dict[str, str]:
+    settings = {
+        **({"ARCH": arch_name(request.arch)} if request.arch else {}),
+        "CPUS": str(request.cpus),
+        "MEMORY": f"{request.memory_mib}M",
+        "DISK": str(request.disk_bytes),
+        "IMAGE": request.image,
+        "TIMEOUT": f"{request.timeout_s}s",
+        "SNAPSHOTS": "off",
+        "MIRROR": request.mirror,
+        "SECURITY_MIRROR": request.security_mirror,
+        "CACHE_DIR": str(home.cache),
+        "STATE_DIR": str(home.state),
+    }
+    return {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
+
+
+def _machine_facts(name: str, request: MachineRequest, home: Home, report: Reporter) -> dict[str, str]:
+    qemu = probe(settle.machine_arch(request, _files(request, home), home.cache), home.cache)
+    if SIDES[name].cold:
+        operate.up(request, home, report)  # to be asked
+    pids = _find_qemu(_files(request, home))
+    argv = process.command_line(pids[0]).split() if pids else []
+    return {
+        "builder": f"vmbuild {version('vmbuild')}, BuildKit in the guest",
+        "qemu": binfmt.version_of(qemu.binary),
+        "cpu": next((value for option, value in pairwise(argv) if option == "-cpu"), ""),
+        "flags": facts.pick_flags(argv),
+        "guest image": request.image,
+    }
+
+
+def _user_side(name: str, space: Userspace, work: Workload) -> Side:
+    def read(measured: Measured) -> tuple[phases.Phase, ...]:
+        return phases.read_buildah(measured.lines, measured.begun, measured.ended)
+
+    run = partial(userspace.run_build, space, work)
+    return Side(name, run, read, lambda: None, partial(userspace.describe, space))
+
+
+def _warn_of_versions(spaces: Mapping[str, Userspace], request: MachineRequest, home: Home, report: Reporter) -> None:
+    """Say when the two sides do not run the same QEMU: then they are not compared, but two versions of it."""
+    qemu = probe(settle.machine_arch(request, _files(request, home), home.cache), home.cache)
+    ours = binfmt.short_version(binfmt.version_of(qemu.binary))
+    for name, space in spaces.items():
+        if space.emulator is None:
+            continue
+        theirs = binfmt.short_version(binfmt.version_of(space.program))
+        if theirs != ours:
+            report.warn(f"{name} runs QEMU {theirs}, the machine {ours}: what differs may be the version")
