@@ -75,7 +75,7 @@ def _with(whole: Schema, more: Mapping[str, Schema]) -> Schema:
 _MACHINE = describe(MachineStatus)
 _STATUS = _with(_MACHINE, {"guest": describe(Usage | None)})
 _READING = _with(_MACHINE, {k: v for k, v in describe(Reading)["properties"].items() if k != "machine"})
-_SETTING = _object({"value": {"type": ["string", "number", "boolean", "null"]}, "origin": describe(str)})
+_SETTING = _object({"value": {"type": ["string", "number", "boolean", "null", "array"]}, "origin": describe(str)})
 
 PRINTED: dict[str, tuple[int, Schema]] = {
     "up": (1, _MACHINE),
