@@ -64,9 +64,11 @@ def to_guest(session: Session, request: MachineRequest, report: Reporter) -> Non
     if words := list(_describe(wanted, found)):
         report.step(f"Passing on to the guest: {'; '.join(words)}")
     outcome = passed.apply(session, wanted)
-    for what in outcome.until_restart:
-        again = f"after `vmbuild down {request.name}`"
-        report.warn(f"the machine {request.name} runs with other {what}: Docker in it takes these {again}")
+    if outcome.is_late:
+        report.warn(
+            f"Docker in the machine {request.name} is in use, and began with other proxies or certificates: "
+            f"it takes these when nothing runs in it, or after `vmbuild down {request.name}`"
+        )
     for port in outcome.guests_own:
         report.warn(f"localhost:{port} is the guest's own: something in it listens there")
 

@@ -119,7 +119,7 @@ def test_a_mirror_serves_docker_hub_on_a_machine_that_runs(world: World) -> None
 def test_an_insecure_registry_behind_the_proxy(world: World) -> None:
     dockerfile = "FROM plain.test/team/tiny:1\nLABEL x=3\n"
     assert world.run("build", str(world.context(dockerfile))).code == 7
-    world.build(dockerfile, VMBUILD_INSECURE_REGISTRIES="plain.test")
+    world.build(dockerfile, VMBUILD_INSECURE_REGISTRIES="plain.test")  # at once, though BuildKit remembers it otherwise
     assert "plain.test" in world.proxy.seen
 
 
@@ -170,3 +170,16 @@ def test_a_step_goes_through_the_proxy_and_the_image_does_not_tell(world: World)
     assert PROXY_LOGIN[1] not in world.cli.guest("docker inspect out:1; docker history --no-trunc out:1")
     off = world.run("build", "--no-cache", str(world.folder / "context"), VMBUILD_PROXY="off")
     assert off.code == 7
+
+
+def test_another_proxy_waits_until_docker_is_not_in_use(world: World) -> None:
+    in_docker = "tr '\\0' '\\n' </proc/$(cat /run/docker.pid)/environ | grep ^http_proxy="
+    assert str(world.proxy.port) in world.cli.guest(in_docker)
+    world.cli.guest("docker run -d --rm --name sleeper out:1 sleep 1000")
+    done = world.run("up", http_proxy="http://other.test:1")
+    assert "takes these when nothing runs in it" in done.err
+    assert str(world.proxy.port) in world.cli.guest(in_docker)
+    world.cli.guest("docker kill sleeper")
+    done = world.run("up", http_proxy="http://other.test:1")
+    assert "takes these" not in done.err
+    assert world.cli.guest(in_docker) == "http_proxy=http://other.test:1\n"

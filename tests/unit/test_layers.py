@@ -193,7 +193,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
     "authorities": GROUND,
     "logins": GROUND | {"process"},
-    "guest.passed": GROUND | {"guest.session"},
+    "guest.passed": GROUND | {f"guest.{name}" for name in ("ready", "seed", "session")},
     "passing": GROUND
     | {"authorities", "logins", "image.http"}
     | {f"guest.{name}" for name in ("context", "passed", "seed", "session")},

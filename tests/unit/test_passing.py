@@ -44,7 +44,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
 
     def take(_: object, asked: Passed) -> Outcome:
         found.append(asked)
-        return Outcome(("proxies",) if asked.proxies else (), tuple({22} & asked.ports))
+        return Outcome(bool(asked.proxies), tuple({22} & asked.ports))
 
     monkeypatch.setattr(passed, "apply", take)
     return found
@@ -80,7 +80,8 @@ def test_all_is_said_in_one_line_without_a_password(
         "Passing on to the guest: proxy http://10.0.2.2:3128; 1 CA certificate (Test CA Corp); "
         "registry mirror http://localhost:5000, https://m.example; insecure registry 127.0.0.1:5001, r.example; "
         "the host's localhost:22, 5000, 5001",
-        "warning: the machine box runs with other proxies: Docker in it takes these after `vmbuild down box`",
+        "warning: Docker in the machine box is in use, and began with other proxies or certificates: "
+        "it takes these when nothing runs in it, or after `vmbuild down box`",
         "warning: localhost:22 is the guest's own: something in it listens there",
     ]
     assert wanted[0].proxies["https_proxy"] == "http://me:s3cret@10.0.2.2:3128"

@@ -1,7 +1,7 @@
 """What the guest has of the host's ways into the network: authorities, registries, ports of the host's loopback.
 
 All of it is in memory only, gone with the boot; what was applied is written down beside it, so that the next look
-costs one command. Docker's proxies are the seed's (`guest.seed`), read when Docker starts.
+costs one command. Docker reads its proxies, which are the seed's (`guest.seed`), and certificates when it starts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vmbuild.address import HOST
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError
+from vmbuild.guest.ready import PING
+from vmbuild.guest.seed import environment_text
 from vmbuild.guest.session import Session, capture, send
 
 STATE = "/run/vmbuild/passed"
@@ -21,6 +24,7 @@ DAEMON = "/etc/docker/daemon.json"
 APPLY_S = 60.0
 RELOAD_S = 30.0
 """How long Docker may take to go by another configuration."""
+RESTART_S = 120.0
 
 _LISTENS = "0A"
 """The state of a socket that listens, in /proc/net/tcp (Linux, net/tcp_states.h)."""
@@ -53,6 +57,23 @@ kill -HUP "$(cat /run/docker.pid)"
 """
 # Docker answers `null` to a client that has closed its side, as socat does at the end of its input.
 _INFO = "printf 'GET /info HTTP/1.0\\r\\n\\r\\n' | socat -T 20 -,ignoreeof UNIX-CONNECT:/run/docker.sock"
+
+# Who uses Docker has a connection to it, a build as long as it runs; one that is about to begin has a workspace.
+_IS_IDLE = """
+[ -z "$(ls /var/lib/vmbuild/work 2>/dev/null)" ] || exit 0
+awk '$6 == "03" && $8 ~ /docker.sock$/' /proc/net/unix | grep -q . || echo idle
+"""
+
+# Whoever started it (init, systemd, OpenRC) starts it again.
+_RESTART = f"""
+set -e
+cat >/run/vmbuild/seed/environment
+old=$(cat /run/docker.pid)
+kill "$old"
+until new=$(cat /run/docker.pid 2>/dev/null) && [ "$new" != "$old" ] && {PING}; do
+    sleep 0.2
+done
+"""
 
 # A packet to the guest's own loopback goes to the host's, from this guest's address: which only its own programs can
 # send, and only over the one interface that leads there.
@@ -91,10 +112,10 @@ class Passed:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What could not be had at once: what Docker reads only when it starts, and ports that are the guest's own."""
+    """What could not be had: what Docker reads when it starts, as it is in use, and ports that are the guest's own."""
 
-    until_restart: tuple[str, ...]
-    guests_own: tuple[int, ...]
+    is_late: bool = False
+    guests_own: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,36 +126,53 @@ class _State:
     ports: frozenset[int]
     listening: frozenset[int]
 
-    @property
-    def is_fresh(self) -> bool:
-        return not self.digests
-
 
 def apply(session: Session, wanted: Passed) -> Outcome:
     """Let the guest have what is wanted, and take away what no longer is. Raises GuestError.
 
-    A port that is the host's stays so until the guest goes down, or something in it listens there: other builds run.
+    Docker is started again for what it reads only then, unless somebody uses it. A port that is the host's stays so
+    until the guest goes down, or something in it listens there: other builds run.
     """
     state = _look(session)
-    digests = {
-        "proxies": _digest(sorted(wanted.proxies.items())),
+    new = {
         "authorities": _digest(wanted.authorities),
         "registries": _digest([wanted.mirrors, wanted.insecure]),
+        "started": _digest([sorted(wanted.proxies.items()), wanted.authorities]),
     }
-    old = state.digests or {key: _NOTHING[key] for key in digests}
-    if digests["authorities"] != old["authorities"]:
+    old = state.digests or {**_NOTHING, "started": new["started"]}
+    if new["authorities"] != old["authorities"]:
         _run(session, _TRUST, feed=wanted.authorities)
-    if digests["registries"] != old["registries"]:
+    if new["registries"] != old["registries"]:
         _set_registries(session, wanted.mirrors, wanted.insecure)
-    ports = (state.ports | wanted.ports) - state.listening
+    is_late = bool(wanted.proxies or wanted.authorities) and new["started"] != old["started"]
+    has_others = bool(state.digests and (wanted.mirrors or wanted.insecure)) and new["registries"] != old["registries"]
+    # For minutes BuildKit goes by what it knew of a registry when it last asked for an image (util/resolver/pool.go).
+    if (is_late or has_others) and _is_idle(session):
+        _run(session, _RESTART, feed=environment_text(wanted.proxies), limit_s=RESTART_S)
+        is_late = False
+    elif is_late or not (wanted.proxies or wanted.authorities):
+        new["started"] = old["started"]
+    _remember(session, state, new, (state.ports | wanted.ports) - state.listening)
+    return Outcome(is_late, tuple(sorted(wanted.ports & state.listening)))
+
+
+def _remember(session: Session, state: _State, digests: Mapping[str, str], ports: frozenset[int]) -> None:
+    """Let these ports be the host's, and write down what was applied, where either has changed."""
     if ports != state.ports:
         _run(session, _FORWARD, *map(str, sorted(ports)))
     if digests != state.digests or ports != state.ports:
         lines = [f"{key} {value}\n" for key, value in digests.items()]
         _run(session, f"cat >{STATE}", feed="".join([*lines, f"ports {' '.join(map(str, sorted(ports)))}\n"]))
-    given = {"proxies": bool(wanted.proxies), "authorities": bool(wanted.authorities)}
-    late = () if state.is_fresh else tuple(key for key, has in given.items() if has and digests[key] != old[key])
-    return Outcome(late, tuple(sorted(wanted.ports & state.listening)))
+
+
+def _is_idle(session: Session) -> bool:
+    """Tell whether nobody uses Docker: no build, no client, no container."""
+    if _run(session, _IS_IDLE).strip() != "idle":
+        return False
+    try:
+        return int(_ask_docker(session)["ContainersRunning"]) == 0
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _look(session: Session) -> _State:
@@ -160,7 +198,7 @@ def _set_registries(session: Session, mirrors: tuple[str, ...], insecure: tuple[
         own[key] = list(dict.fromkeys([*own.get(key, []), *values]))
     _run(session, _WRITE_DAEMON, feed=json.dumps(own, indent=2))
     limit = Deadline.after(RELOAD_S)
-    while not _goes_by(_run(session, _INFO), own["registry-mirrors"], own["insecure-registries"]):
+    while not _goes_by(session, own["registry-mirrors"], own["insecure-registries"]):
         if limit.passed:
             raise GuestError(
                 "Docker in the guest does not take the registries that the settings name",
@@ -170,10 +208,10 @@ def _set_registries(session: Session, mirrors: tuple[str, ...], insecure: tuple[
         limit.sleep(0.2)
 
 
-def _goes_by(answer: str, mirrors: list[str], insecure: list[str]) -> bool:
-    """Tell from Docker's answer to GET /info whether it has these mirrors and insecure registries, and no others."""
+def _goes_by(session: Session, mirrors: list[str], insecure: list[str]) -> bool:
+    """Tell whether Docker has these mirrors and insecure registries, and no others."""
     try:
-        config = json.loads(answer.partition("\r\n\r\n")[2])["RegistryConfig"]
+        config = _ask_docker(session)["RegistryConfig"]
     except (ValueError, KeyError, TypeError):  # it does not answer just now
         return False
     named = {name for name, index in (config["IndexConfigs"] or {}).items() if not index["Secure"]}
@@ -186,13 +224,18 @@ _ALWAYS_INSECURE = {"127.0.0.0/8", "::1/128"}
 """What Docker takes for insecure by itself (moby, registry/config.go)."""
 
 
-def _run(session: Session, script: str, *words: str, feed: str = "") -> str:
+def _ask_docker(session: Session) -> Any:
+    """Return what Docker tells of itself. Raises ValueError when it does not answer."""
+    return json.loads(_run(session, _INFO).partition("\r\n\r\n")[2])
+
+
+def _run(session: Session, script: str, *words: str, feed: str = "", limit_s: float = APPLY_S) -> str:
     argv = ["sh", "-c", script, "passed", *words]
-    return capture(session, argv, feed=send(feed.encode()), deadline=Deadline.after(APPLY_S))
+    return capture(session, argv, feed=send(feed.encode()), deadline=Deadline.after(limit_s))
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-_NOTHING = {"proxies": _digest([]), "authorities": _digest(""), "registries": _digest([[], []])}
+_NOTHING = {"authorities": _digest(""), "registries": _digest([[], []])}

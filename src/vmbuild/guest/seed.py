@@ -36,7 +36,7 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
         "entropy": os.urandom(64),
         "dropbear_ed25519_host_key": keys.dropbear_key(host_key),
         "ssh_host_ed25519_key": host_key.read_bytes(),  # OpenSSH's, in a disk from elsewhere
-        "environment": "".join(f"{name}={quote(value)}\n" for name, value in environment.items()).encode(),
+        "environment": environment_text(environment).encode(),
         "hostname": f"{hostname}\n".encode(),
         "time": f"{int(time.time())}\n".encode(),
     }
@@ -48,6 +48,11 @@ def write_seed(path: Path, *, hostname: str, client_key: Path, host_key: Path, e
             tar.addfile(info, io.BytesIO(data))
     content = packed.getvalue()
     write_whole(path, content + bytes(-len(content) % UNIT_BYTES), mode=0o600)
+
+
+def environment_text(environment: Mapping[str, str]) -> str:
+    """Return variables as a shell, and systemd, read them from a file."""
+    return "".join(f"{name}={quote(value)}\n" for name, value in environment.items())
 
 
 def quote(value: str) -> str:

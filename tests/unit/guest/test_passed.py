@@ -30,12 +30,14 @@ TCP = """\
 class Guest(FakeSession):
     """A guest that does what it is told: it keeps its state, and Docker goes by what its configuration says."""
 
-    def __init__(self, own: dict[str, Any] | None = None, *, obeys: bool = True) -> None:
+    def __init__(self, own: dict[str, Any] | None = None, *, obeys: bool = True, use: str = "idle") -> None:
         super().__init__()
         self.state = ""
         self.daemon = json.dumps(own or {"log-level": "warn"})
         self.config: dict[str, Any] = {}
         self.obeys = obeys
+        self.use = use
+        self.environment: str | None = None
 
     def run(self, argv: Sequence[str], **options: Any) -> int:
         self.table = ((("sh",), Reply(stdout=self._answer(argv[2]))),)
@@ -43,6 +45,8 @@ class Guest(FakeSession):
         fed = self.calls[-1].stdin.decode()
         if argv[2] == passed._WRITE_DAEMON:
             self.config = json.loads(fed)
+        elif argv[2] == passed._RESTART:
+            self.environment = fed
         elif argv[2] == f"cat >{passed.STATE}":
             self.state = fed
         return code
@@ -62,8 +66,9 @@ class Guest(FakeSession):
                 "IndexConfigs": indexes,
                 "InsecureRegistryCIDRs": ["127.0.0.0/8", "::1/128", *ranges],
             }
-            return f"HTTP/1.0 200 OK\r\nA: b\r\n\r\n{json.dumps({'RegistryConfig': registries})}".encode()
-        return b""
+            answer = {"RegistryConfig": registries, "ContainersRunning": int(self.use == "container")}
+            return f"HTTP/1.0 200 OK\r\nA: b\r\n\r\n{json.dumps(answer)}".encode()
+        return b"" if self.use == "busy" else b"idle\n"
 
     def scripts(self) -> list[str]:
         """Return the scripts that were run since the last time, and forget them."""
@@ -77,7 +82,7 @@ MIRRORED = Passed(mirrors=("https://m.example", "http://localhost:5000"), insecu
 
 def test_nothing_costs_a_look_and_is_remembered() -> None:
     guest = Guest()
-    assert apply(guest, Passed()) == Outcome((), ())
+    assert apply(guest, Passed()) == Outcome()
     assert guest.scripts() == [passed._LOOK, f"cat >{passed.STATE}"]
     apply(guest, Passed())
     assert guest.scripts() == [passed._LOOK]
@@ -106,27 +111,65 @@ def test_a_docker_that_does_not_obey_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("answer", ["", "HTTP/1.0 500 No\r\n\r\n", "x\r\n\r\n{}", "x\r\n\r\nnull\n"])
-def test_a_docker_that_does_not_answer_does_not_obey_yet(answer: str) -> None:
-    assert not passed._goes_by(answer, [], [])
+def test_a_docker_that_does_not_answer_does_not_obey_yet_and_is_not_idle(answer: str) -> None:
+    guest = FakeSession(
+        (("sh", "-c", passed._IS_IDLE), Reply(stdout=b"idle")), (("sh",), Reply(stdout=answer.encode()))
+    )
+    assert not passed._goes_by(guest, [], [])
+    assert not passed._is_idle(guest)
 
 
 def test_authorities_are_fed_and_taken_away() -> None:
     guest = Guest()
-    assert apply(guest, Passed(authorities="PEM")) == Outcome((), ())
+    assert apply(guest, Passed(authorities="PEM")) == Outcome()
     (call,) = [call for call in guest.calls if call.argv[2] == passed._TRUST]
     assert call.stdin == b"PEM"
     guest.scripts()
-    assert apply(guest, Passed()) == Outcome((), ())
+    assert apply(guest, Passed()) == Outcome()
     assert passed._TRUST in guest.scripts()
 
 
-def test_what_docker_reads_at_its_start_is_late_later() -> None:
+PROXY = {"http_proxy": "http://it's"}
+LATER = Passed(proxies=PROXY, authorities="PEM")
+
+
+def test_docker_starts_again_for_what_it_reads_at_its_start() -> None:
     guest = Guest()
     apply(guest, Passed(proxies={"http_proxy": "http://a"}))
-    wanted = Passed(proxies={"http_proxy": "http://b"}, authorities="PEM")
-    assert apply(guest, wanted).until_restart == ("proxies", "authorities")
-    assert apply(guest, wanted).until_restart == ()
-    assert apply(guest, Passed()).until_restart == ()
+    assert guest.environment is None
+    assert apply(guest, LATER) == Outcome()
+    assert guest.environment == "http_proxy='http://it'\\''s'\n"
+    guest.scripts()
+    assert apply(guest, LATER) == Outcome()
+    assert guest.scripts() == [passed._LOOK]
+
+
+@pytest.mark.parametrize("use", ["busy", "container"])
+def test_but_not_while_somebody_uses_it(use: str) -> None:
+    guest = Guest(use=use)
+    apply(guest, Passed())
+    assert apply(guest, LATER) == Outcome(is_late=True)
+    assert apply(guest, LATER) == Outcome(is_late=True)
+    assert apply(guest, Passed()) == Outcome()  # with less it has nothing to miss
+    assert guest.environment is None
+    guest.use = "idle"
+    assert apply(guest, LATER) == Outcome()
+    assert guest.environment is not None
+
+
+def test_docker_forgets_what_it_knew_of_a_registry_that_is_another_now() -> None:
+    guest = Guest()
+    apply(guest, MIRRORED)
+    assert guest.environment is None  # it has only just started
+    apply(guest, Passed())
+    assert guest.environment is None
+    apply(guest, MIRRORED)
+    assert guest.environment == ""
+    busy = Guest(use="busy")
+    apply(busy, Passed())
+    assert apply(busy, MIRRORED) == Outcome()
+    assert busy.config["insecure-registries"] == ["r.example:5000", "10.0.0.0/8"]
+    assert busy.environment is None
 
 
 def test_a_password_is_not_in_what_is_remembered() -> None:
@@ -138,7 +181,7 @@ def test_a_password_is_not_in_what_is_remembered() -> None:
 
 def test_ports_are_the_hosts_until_something_in_the_guest_listens() -> None:
     guest = Guest()
-    assert apply(guest, Passed(ports=frozenset({5000, 22}))) == Outcome((), (22,))
+    assert apply(guest, Passed(ports=frozenset({5000, 22}))) == Outcome(guests_own=(22,))
     (call,) = [call for call in guest.calls if call.argv[2] == passed._FORWARD]
     assert call.argv[4:] == ("5000",)
     guest.scripts()
@@ -156,9 +199,12 @@ def test_who_listens_on_loopback_is_read_from_the_kernel() -> None:
     assert set(passed._listening(TCP)) == {5001, 22, 80, 81, 82}
 
 
-@pytest.mark.parametrize(
-    "script",
-    [passed._LOOK, passed._TRUST, passed._READ_DAEMON, passed._WRITE_DAEMON, passed._INFO, passed._FORWARD],
+SCRIPTS = (
+    *(passed._LOOK, passed._TRUST, passed._READ_DAEMON, passed._WRITE_DAEMON),
+    *(passed._INFO, passed._IS_IDLE, passed._RESTART, passed._FORWARD),
 )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_are_shell(script: str) -> None:
     assert subprocess.run(["/bin/sh", "-n", "-c", script], check=False).returncode == 0
