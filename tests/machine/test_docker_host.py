@@ -79,7 +79,7 @@ def test_nobody_else_can_open_the_socket(machine: Cli, env: dict[str, str]) -> N
 
 
 def test_who_has_said_all_still_hears_the_answer(env: dict[str, str]) -> None:
-    data = os.urandom(3_000_000)
+    data = os.urandom(1_000_000)
     assert run_docker(env, "run", "--rm", "-i", IMAGE, "cat", stdin=data) == data
     archive = run_docker(env, "save", IMAGE)
     run_docker(env, "rmi", IMAGE)
@@ -218,11 +218,9 @@ def test_facts_are_what_their_schema_says(machine: Cli, argv: str) -> None:
 def test_the_socket_goes_with_the_machine_and_comes_back_with_it(machine: Cli, env: dict[str, str]) -> None:
     path = Path(env["DOCKER_HOST"].removeprefix("unix://"))
     pid = int((path.parent / "docker.pid").read_text())
-    for end in ("suspend", "down"):
-        machine.ok(end)
-        assert not path.exists()
-        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "its program has ended", 10)
-        assert machine.run("env").code == (75 if end == "suspend" else 5)
-        machine.ok("up")
-        assert run_docker(env, "version", "--format", "{{.Server.Arch}}").strip() == b"arm64"
-        pid = int((path.parent / "docker.pid").read_text())
+    machine.ok("suspend")
+    assert not path.exists()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "its program has ended", 10)
+    assert machine.run("env").code == 75
+    machine.ok("up")
+    assert run_docker(env, "version", "--format", "{{.Server.Arch}}").strip() == b"arm64"
