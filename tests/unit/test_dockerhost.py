@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ from vmbuild.report import SilentReporter
 def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home with a machine of the fake QEMU in it, and the fake ssh on PATH."""
     monkeypatch.setattr(dockerhost, "ANSWER_S", 5.0)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    short = Path(tempfile.mkdtemp())  # a socket's path has 107 bytes, and a test's own folder may take them all
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
     home = Home(tmp_path / "cache", tmp_path / "state")
     files = MachineFiles.at(home.state, "box")
     lifetime.prepare(make_spec(tmp_path), files, explicit_disk=False)
@@ -40,6 +41,7 @@ def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield home
     stop(files)
     operate.destroy("box", home, SilentReporter())
+    shutil.rmtree(short)
 
 
 @pytest.fixture
