@@ -174,12 +174,13 @@ def test_a_step_goes_through_the_proxy_and_the_image_does_not_tell(world: World)
 
 def test_another_proxy_waits_until_docker_is_not_in_use(world: World) -> None:
     in_docker = "tr '\\0' '\\n' </proc/$(cat /run/docker.pid)/environ | grep ^http_proxy="
+    assert world.run("up").code == 0
     assert str(world.proxy.port) in world.cli.guest(in_docker)
     world.cli.guest("docker run -d --rm --name sleeper out:1 sleep 1000")
     done = world.run("up", http_proxy="http://other.test:1")
     assert "takes these when nothing runs in it" in done.err
     assert str(world.proxy.port) in world.cli.guest(in_docker)
-    world.cli.guest("docker kill sleeper")
+    world.cli.guest("docker kill sleeper && docker wait sleeper 2>/dev/null || true")
     done = world.run("up", http_proxy="http://other.test:1")
     assert "takes these" not in done.err
     assert world.cli.guest(in_docker) == "http_proxy=http://other.test:1\n"

@@ -196,8 +196,8 @@ def test_packages_come_from_where_the_user_says_as_the_guest_sees_it(
     told: list[dict[str, str]] = []
     monkeypatch.setattr(provision, "write_first_boot", lambda *words: told.append(words[3]))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:8080")
-    asked = replace(REQUEST, security_mirror="http://mirror.example/debian-security", pass_on=PassOn(proxy=True))
-    world.ensure(asked)
+    mirror = "http://mirror.example/debian-security"
+    world.ensure(replace(REQUEST, security_mirror=mirror, pass_on=PassOn(proxy=True)))
     assert {key: told[0][key] for key in ("SYSTEM", "MIRROR", "SECURITY_MIRROR", "http_proxy")} == {
         "SYSTEM": "apt",
         "MIRROR": "http://10.0.2.2:3142/debian",

@@ -144,13 +144,13 @@ def apply(session: Session, wanted: Passed) -> Outcome:
         _run(session, _TRUST, feed=wanted.authorities)
     if new["registries"] != old["registries"]:
         _set_registries(session, wanted.mirrors, wanted.insecure)
-    is_late = bool(wanted.proxies or wanted.authorities) and new["started"] != old["started"]
+    is_late = new["started"] != old["started"]
     has_others = bool(state.digests and (wanted.mirrors or wanted.insecure)) and new["registries"] != old["registries"]
     # For minutes BuildKit goes by what it knew of a registry when it last asked for an image (util/resolver/pool.go).
     if (is_late or has_others) and _is_idle(session):
         _run(session, _RESTART, feed=environment_text(wanted.proxies), limit_s=RESTART_S)
         is_late = False
-    elif is_late or not (wanted.proxies or wanted.authorities):
+    elif is_late:
         new["started"] = old["started"]
     _remember(session, state, new, (state.ports | wanted.ports) - state.listening)
     return Outcome(is_late, tuple(sorted(wanted.ports & state.listening)))

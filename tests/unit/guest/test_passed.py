@@ -142,6 +142,8 @@ def test_docker_starts_again_for_what_it_reads_at_its_start() -> None:
     guest.scripts()
     assert apply(guest, LATER) == Outcome()
     assert guest.scripts() == [passed._LOOK]
+    assert apply(guest, Passed()) == Outcome()  # turned off is off
+    assert guest.environment == ""
 
 
 @pytest.mark.parametrize("use", ["busy", "container"])
@@ -150,7 +152,7 @@ def test_but_not_while_somebody_uses_it(use: str) -> None:
     apply(guest, Passed())
     assert apply(guest, LATER) == Outcome(is_late=True)
     assert apply(guest, LATER) == Outcome(is_late=True)
-    assert apply(guest, Passed()) == Outcome()  # with less it has nothing to miss
+    assert apply(guest, Passed()) == Outcome()  # which it began with
     assert guest.environment is None
     guest.use = "idle"
     assert apply(guest, LATER) == Outcome()
