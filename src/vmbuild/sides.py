@@ -101,8 +101,8 @@ def open_sides(
         raise UsageError("base images are made in a machine", resolution="Compare with vm, vm-cold or vm-disk.")
     for name in machines:
         own = _request_for(name, request, asked)
-        until_done.callback(operate.down, own.name, home, report)
-        operate.down(own.name, home, report)  # its CPUs and memory may have been others, and the host's CPUs free
+        until_done.callback(_stop, own.name, home, report)
+        _stop(own.name, home, report)  # its CPUs and memory may have been others, and the host's CPUs free
         for reference in known:
             build.base(own, reference, home, report, platforms=(work.platform,), force=False)
             if user_sides and reference not in archives:
@@ -115,6 +115,11 @@ def open_sides(
         opened[name] = _user_side(name, space, work)
     _warn_of_versions(user_sides, request, home, report)
     return [opened[name] for name in asked.sides]
+
+
+def _stop(name: str, home: Home, report: Reporter) -> None:
+    if operate.exists(name, home):
+        operate.down(name, home, report)
 
 
 def _is_known(reference: str) -> bool:
@@ -154,7 +159,7 @@ def _machine_side(name: str, request: MachineRequest, work: Workload, home: Home
 
     def before() -> None:
         if SIDES[name].cold:
-            operate.down(request.name, home, report)
+            _stop(request.name, home, report)
         else:
             operate.up(request, home, report)
 

@@ -36,6 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What is done to machines and to buildah's storage, none of which is there."""
     log: list[tuple[Any, ...]] = []
     monkeypatch.setattr(operate, "down", lambda name, *_: log.append(("down", name)))
+    monkeypatch.setattr(operate, "exists", lambda name, _: name != "bench-new-vm")
     monkeypatch.setattr(operate, "up", lambda request, *_: log.append(("up", request.name)))
 
     def base(request: MachineRequest, reference: str, *_: object, platforms: object, force: bool) -> None:
@@ -82,6 +83,13 @@ def test_both_sides_get_the_machines_base_image(tmp_path: Path, calls: list[tupl
     ]
     stack.close()
     assert calls[-1] == ("down", "bench-vm")
+
+
+def test_a_machine_that_never_was_is_not_stopped(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
+    asked = Asked((), ("vm",), "auto", "a-disk", "")
+    request, home, report = replace(REQUEST, name="bench-new"), Home(tmp_path, tmp_path), SilentReporter()
+    sides.open_sides(request, asked, work(tmp_path), home, report, tmp_path, ExitStack())
+    assert calls == []
 
 
 def test_each_machine_is_one_of_its_own(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:

@@ -35,10 +35,15 @@ echo "$0"; read -r _
 mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc &&
 printf '%s' "$1" >/proc/sys/fs/binfmt_misc/register || exit
 shift
-export _CONTAINERS_USERNS_CONFIGURED=1
+export _CONTAINERS_USERNS_CONFIGURED=1 _CONTAINERS_ROOTLESS_UID="$1"
+shift
 exec "$@"
 """
-"""Run in a namespace of its own: waits until its users are mapped, tells its kernel of the emulator, goes on."""
+"""Run in a namespace of its own: waits until its users are mapped, tells its kernel of the emulator, goes on.
+
+The variables tell buildah that it needs no other namespace, and whose files it may write (containers/storage,
+pkg/unshare): else it looks for short names in root's.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Userspace:
             return Command(argv)
         assert self.emulator is not None  # noqa: S101 - see program
         row = binfmt.row_for(self.emulator, self.program)
-        return Command([*_unshare(), "sh", "-c", INSIDE, READY, row, *argv], ready=READY, on_ready=_map_ids)
+        return Command(
+            [*_unshare(), "sh", "-c", INSIDE, READY, row, str(os.getuid()), *argv], ready=READY, on_ready=_map_ids
+        )
 
     def run(self, *args: str) -> str:
         """Run a buildah command and return its output. Raises BuildError."""

@@ -106,9 +106,9 @@ def test_in_a_namespace_the_emulator_is_registered_before_anything_runs(tmp_path
     side = Userspace(tmp_path, "linux/arm64", Runner.CHROOT, EMULATORS["linux/arm64"])
     command = side.command(["buildah", "images"])
     assert list(command.argv[:3]) == ["unshare", "--user", "--mount"]
-    assert command.argv[-3].startswith(":qemu-aarch64:M::")
-    assert f":{log.parent}/bin/qemu-aarch64-static:POF" in command.argv[-3]
-    assert list(command.argv[-2:]) == ["buildah", "images"]
+    assert command.argv[-4].startswith(":qemu-aarch64:M::")
+    assert f":{log.parent}/bin/qemu-aarch64-static:POF" in command.argv[-4]
+    assert list(command.argv[-3:]) == [str(os.getuid()), "buildah", "images"]
     assert command.ready == userspace.READY
 
 
