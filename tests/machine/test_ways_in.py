@@ -214,5 +214,5 @@ def test_secrets_end_with_a_build_that_nobody_follows_and_do_not_leave_the_host(
     assert record["has_secrets"]
     command.send_signal(signal.SIGKILL)
     command.communicate(timeout=60)
-    based.guest("kill -9 $(ps -o pid,args | awk '/docker-buildx build/ && !/awk/ {print $1}'); " + go_on)
+    based.guest("kill -9 $(ps -o pid,args | awk '$2 ~ /docker-buildx$/ {print $1}'); " + go_on)
     wait_until(lambda: based.guest(HELD) == "", "what it might know is gone, though nobody follows", 60)
