@@ -7,51 +7,34 @@ references without a registry mean.
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vmbuild import process
-from vmbuild.deadline import Deadline
+from vmbuild.docker_config import TOKEN_USER, ask_helper, is_helper, load_config, table
 from vmbuild.errors import HostError
 from vmbuild.report import Reporter
 
-HUB = "https://index.docker.io/v1/"
-"""The key of Docker Hub (docker/cli, config/types)."""
 HUB_NAMES = ("docker.io", "index.docker.io", "registry-1.docker.io")
 
 HELPER_S = 30.0
 """How long a credential helper may take: one that asks its user waits for a person."""
 
-TOKEN_USER = "<token>"  # noqa: S105 - what a helper says instead of a user (docker-credential-helpers, README)
-
 FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
 """What a login in `config.json` consists of."""
-
-_HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NOT_FOUND = "credentials not found"
 
 Login = dict[str, str]
 
 
-def config_folder(environment: Mapping[str, str]) -> Path:
-    """Return where docker keeps its configuration."""
-    return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
-
-
 def read_config(folder: Path, report: Reporter) -> dict[str, Any]:
     """Return docker's configuration, empty where there is none, or, with a warning, none that can be read."""
-    path = folder / "config.json"
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
+        return load_config(folder)
     except (OSError, ValueError) as error:
+        path = folder / "config.json"
         report.warn(f"{path} cannot be read, and no login in it is passed on ({type(error).__name__})")
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def host_of(key: str) -> str:
@@ -66,7 +49,7 @@ def find(config: Mapping[str, Any], text: str | None, report: Reporter) -> dict[
     `text` is all that may name a registry; None when nobody can know: then every login that `config.json` names is
     meant. A helper that fails costs a warning, and what it would have said.
     """
-    stored, helpers, store = _table(config, "auths"), _table(config, "credHelpers"), config.get("credsStore")
+    stored, helpers, store = table(config, "auths"), table(config, "credHelpers"), config.get("credsStore")
     keys = dict.fromkeys([*stored, *helpers, *(_list_store(store, report) if store and text is not None else ())])
     found = {}
     for key in keys:
@@ -80,11 +63,6 @@ def find(config: Mapping[str, Any], text: str | None, report: Reporter) -> dict[
 def is_meant(host: str, text: str) -> bool:
     """Tell whether a registry's name stands in a text; Docker Hub needs not be named."""
     return host == "docker.io" or re.search(rf"(?<![\w.-]){re.escape(host)}(?![\w.-]|:\d)", text) is not None
-
-
-def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = config.get(key)
-    return found if isinstance(found, dict) else {}
 
 
 def _pick(stored: object) -> Login:
@@ -110,22 +88,19 @@ def _ask(helper: object, key: str, report: Reporter) -> Login:
 
 
 def _run_helper(helper: object, order: str, stdin: str, report: Reporter) -> dict[str, Any]:
-    """Run a credential helper (docker-credential-helpers, README). What it says on a failure may be secret."""
+    """Ask a credential helper; one that fails costs a warning, which tells nothing of what it said."""
     name = str(helper)
-    if not _HELPER.fullmatch(name):
+    if not is_helper(name):
         report.warn(f"{name!r} cannot be the name of a credential helper")
         return {}
-    argv = [f"docker-credential-{name}", order]
     try:
-        found = json.loads(process.run(argv, stdin=stdin.encode(), deadline=Deadline.after(HELPER_S)))
-    except process.CommandError as error:
-        if _NOT_FOUND not in error.output:
-            report.warn(f"{error.brief}: what it keeps is not passed on")
+        found = ask_helper(name, order, stdin, HELPER_S)
+    except LookupError:
         return {}
     except HostError as error:
         report.warn(f"{error.brief}: what it keeps is not passed on")
         return {}
     except ValueError:
-        report.warn(f"{argv[0]} answered with nonsense: what it keeps is not passed on")
+        report.warn(f"docker-credential-{name} answered with nonsense: what it keeps is not passed on")
         return {}
     return found if isinstance(found, dict) else {}

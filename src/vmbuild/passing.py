@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from vmbuild import authorities, logins
+from vmbuild import authorities, docker_config, logins
 from vmbuild.address import seen_from_guest, without_credentials
 from vmbuild.guest import passed, seed
 from vmbuild.guest.context import Context
@@ -111,7 +111,7 @@ def client_config(
     request: MachineRequest, asked: BuildRequest, source: Context | None, report: Reporter
 ) -> ClientConfig | None:
     """Return what a build's client is told: logins, and the proxies of its steps; None when there is nothing."""
-    docker = logins.read_config(logins.config_folder(os.environ), report)
+    docker = logins.read_config(docker_config.config_folder(os.environ), report)
     lines = _naming_lines(source)
     text = None if lines is None else "\n".join([lines, *_words(asked)])
     steps, found = _step_proxies(request, docker), _find_logins(request, docker, text, report)

@@ -171,7 +171,7 @@ ALLOWED: dict[str, set[str]] = {
     "guest.rewrite": GROUND | {"guest.oci", "guest.image", "guest.blobs"},
     "guest.flatten": GROUND | {"guest.compress"},
     "guest.folder": GROUND | {"guest.session", "guest.image", "guest.flatten"},
-    "registry.logins": GROUND | {"process"},
+    "registry.logins": GROUND | {"docker_config", "process"},
     "registry.transport": GROUND | {"registry.logins"},
     "registry.push": GROUND | {"registry.transport"},
     "load": GROUND | {"process"},
@@ -192,10 +192,11 @@ ALLOWED: dict[str, set[str]] = {
     | {"machine.files", "machine.lifetime"}
     | {f"guest.{name}" for name in ("channel", "ready", "seed", "session", "ssh")},
     "authorities": GROUND,
-    "logins": GROUND | {"process"},
+    "docker_config": GROUND | {"process"},
+    "logins": GROUND | {"docker_config"},
     "guest.passed": GROUND | {f"guest.{name}" for name in ("ready", "seed", "session")},
     "passing": GROUND
-    | {"authorities", "logins", "image.http"}
+    | {"authorities", "docker_config", "logins", "image.http"}
     | {f"guest.{name}" for name in ("context", "passed", "seed", "session")},
     "dockerhost": GROUND
     | {"process", "reach", "guest.forward", "guest.relay"}

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.conftest import PROGRAMS
 from tests.unit.listener import Listener
-from vmbuild import logins
+from vmbuild import docker_config, logins
 from vmbuild.report import SilentReporter
 
 AUTH = {"auth": "dTpw"}
@@ -144,8 +144,8 @@ def test_a_key_means_a_host(key: str, host: str) -> None:
 
 def test_the_configuration_is_where_docker_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert logins.config_folder({}) == tmp_path / ".docker"
-    assert logins.config_folder({"DOCKER_CONFIG": "/x"}) == Path("/x")
+    assert docker_config.config_folder({}) == tmp_path / ".docker"
+    assert docker_config.config_folder({"DOCKER_CONFIG": "/x"}) == Path("/x")
     assert logins.read_config(tmp_path / "none", SilentReporter()) == {}
 
 

@@ -1,31 +1,22 @@
-"""Who the user is to a registry: Docker's own configuration, and its credential helpers.
-
-Source: docker/cli, cli/config (config.json: auths, credsStore, credHelpers) and docker-credential-helpers.
-"""
+"""Who the user is to a registry, by Docker's own configuration and its credential helpers."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmbuild import process
-from vmbuild.deadline import Deadline
+from vmbuild.docker_config import HUB_KEY, TOKEN_USER, ask_helper, config_folder, is_helper, load_config, table
 from vmbuild.errors import HostError
+from vmbuild.process import CommandError
 
 DOCKER_HUB = "docker.io"
-DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 HELPER_S = 60.0
 """A helper may ask the user to unlock a keyring."""
-
-_HELPER = re.compile(r"[a-zA-Z0-9][\w.-]*")
-_TOKEN_USER = "<token>"  # noqa: S105 - the name that means: the secret is an identity token
 
 
 @dataclass(frozen=True)
@@ -42,10 +33,9 @@ def find_login(registry: str, environment: Mapping[str, str] = os.environ) -> Lo
 
     Raises HostError when the configuration or a helper fails.
     """
-    folder = environment.get("DOCKER_CONFIG") or os.path.join(environment.get("HOME", "~"), ".docker")  # noqa: PTH118
-    config = _read_config(Path(folder).expanduser() / "config.json")
+    config = _read_config(config_folder(environment).expanduser())
     keys = _keys(registry)
-    helpers = _table(config, "credHelpers")
+    helpers = table(config, "credHelpers")
     for key in keys:
         if key in helpers:
             return _ask_helper(str(helpers[key]), key)
@@ -53,34 +43,27 @@ def find_login(registry: str, environment: Mapping[str, str] = os.environ) -> Lo
         found = next(filter(None, (_ask_helper(str(config["credsStore"]), key) for key in keys)), None)
         if found is not None:
             return found
-    by_host = {_host_of(str(key)): entry for key, entry in _table(config, "auths").items()}
+    by_host = {_host_of(str(key)): entry for key, entry in table(config, "auths").items()}
     return next((_read_entry(by_host[key]) for key in map(_host_of, keys) if key in by_host), None)
 
 
-def _table(config: dict[str, Any], key: str) -> dict[str, Any]:
-    found = config.get(key)
-    return found if isinstance(found, dict) else {}
-
-
 def _keys(registry: str) -> tuple[str, ...]:
-    return (DOCKER_HUB_KEY, DOCKER_HUB) if registry == DOCKER_HUB else (registry, f"https://{registry}")
+    return (HUB_KEY, DOCKER_HUB) if registry == DOCKER_HUB else (registry, f"https://{registry}")
 
 
 def _host_of(key: str) -> str:
     """Return the registry that a key of `auths` means, as docker compares them."""
-    if key == DOCKER_HUB_KEY:
+    if key == HUB_KEY:
         return DOCKER_HUB
     return key.removeprefix("https://").removeprefix("http://").partition("/")[0]
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        return load_config(folder)
     except (OSError, ValueError) as error:
+        path = folder / "config.json"
         raise HostError(f"cannot read {path}", details=type(error).__name__, resolution="Mend it.") from error
-    return config if isinstance(config, dict) else {}
 
 
 def _read_entry(entry: object) -> Login | None:
@@ -99,18 +82,16 @@ def _read_entry(entry: object) -> Login | None:
 
 def _ask_helper(name: str, key: str) -> Login | None:
     """Ask a credential helper. Raises HostError when it is missing or fails; its words stay unsaid, as secrets may."""
-    if not _HELPER.fullmatch(name):
+    if not is_helper(name):
         raise HostError(f"{name!r} in Docker's configuration is no credential helper")
     program = f"docker-credential-{name}"
     try:
-        answer = process.run([program, "get"], stdin=key.encode(), deadline=Deadline.after(HELPER_S))
-    except process.CommandError as error:
-        if "credentials not found" in error.output:
-            return None
-        raise HostError(f"{program} could not say who you are at {key}", resolution=f"Run `{program} get`.") from None
-    try:
-        found = json.loads(answer)
+        found = ask_helper(name, "get", key, HELPER_S)
         user, secret = str(found["Username"]), str(found["Secret"])
+    except CommandError:
+        raise HostError(f"{program} could not say who you are at {key}", resolution=f"Run `{program} get`.") from None
     except (ValueError, TypeError, KeyError):
         raise HostError(f"{program} gave an answer that makes no sense") from None
-    return Login("", "", secret) if user == _TOKEN_USER else Login(user, secret)
+    except LookupError:
+        return None
+    return Login("", "", secret) if user == TOKEN_USER else Login(user, secret)
