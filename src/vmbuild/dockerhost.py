@@ -158,4 +158,4 @@ def serve(name: str, home: Home, mark: str) -> None:
 
 
 def _is_alive(files: MachineFiles) -> bool:
-    return lifetime.find_pid(files, load_facts(files)) is not None
+    return lifetime.find_pid(files) is not None

@@ -12,7 +12,6 @@ from vmbuild import process
 from vmbuild.errors import HostError, StalledError, TimeIsUp
 from vmbuild.follow import Watch
 from vmbuild.machine import bundle, lifetime
-from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 
 LOOK_EVERY_S = 2.0
@@ -60,7 +59,7 @@ class Guard(Watch):
         if now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY_S
-        pid = lifetime.find_pid(self._files, load_facts(self._files))
+        pid = lifetime.find_pid(self._files)
         if pid is None:
             return  # who follows the build will find out, and say it
         if self._limits.stall_timeout_s is not None:

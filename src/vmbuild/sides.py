@@ -22,7 +22,6 @@ from vmbuild.guest import archive, bases, oci
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
 from vmbuild.machine import lifetime
-from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import probe
 from vmbuild.model import Home, MachineRequest, arch_name
@@ -174,7 +173,7 @@ def _machine_side(name: str, request: MachineRequest, work: Workload, home: Home
 
 
 def _find_qemu(files: MachineFiles) -> list[int]:
-    pid = lifetime.find_pid(files, load_facts(files))
+    pid = lifetime.find_pid(files)
     return [] if pid is None else [pid]
 
 

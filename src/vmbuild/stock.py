@@ -189,7 +189,7 @@ def _needed_images(home: Home) -> dict[str, str]:
     needed = {}
     for files in lifetime.find_machines(home.state):
         facts = load_facts(files)
-        if facts is not None and (files.suspension.exists() or lifetime.find_pid(files, facts) is not None):
+        if facts is not None and (files.suspension.exists() or lifetime.find_pid(files) is not None):
             needed[facts.image_digest] = f"the machine {files.name}"
     return needed
 

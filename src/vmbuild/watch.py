@@ -14,7 +14,6 @@ from vmbuild.errors import VmbuildError
 from vmbuild.guest.resources import Usage, read_usage
 from vmbuild.guest.session import Session
 from vmbuild.machine import lifetime
-from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Home, MachineStatus
 from vmbuild.reach import connect, existing
@@ -82,7 +81,7 @@ def watch(name: str | None, home: Home, delay_s: float) -> Generator[Round, None
 def _look(watched: dict[str, _Watched], name: str | None, home: Home, patience_s: float) -> Round:
     """Ask everybody at once, wait for the answers as long as patience lasts, and tell them in the order of names."""
     found = {files.name: files for files in lifetime.find_machines(home.state) if name in (None, files.name)}
-    pids = {key: lifetime.find_pid(files, load_facts(files)) for key, files in found.items()}
+    pids = {key: lifetime.find_pid(files) for key, files in found.items()}
     running = {key: pid for key, pid in pids.items() if pid is not None}
     for gone in watched.keys() - running.keys():
         watched.pop(gone).close()

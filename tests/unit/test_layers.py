@@ -241,12 +241,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
-    "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime")},
+    "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "lifetime")},
     "carry": GROUND
     | {"deliver", "start", "reach", "operate", "follow", "guard", "guest.keys"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
     "watch": GROUND
-    | {"reach", "process", "guest.resources", "guest.session", "machine.facts", "machine.files", "machine.lifetime"},
+    | {"reach", "process", "guest.resources", "guest.session", "machine.files", "machine.lifetime"},
     "stock": GROUND
     | {"start", "reach", "process", "settle"}
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
@@ -266,7 +266,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench.page": GROUND | {"bench.charts", "bench.result", "bench.style"},
     "sides": GROUND
     | {"build", "operate", "process", "reach", "settle", "start", "image.base", "image.catalog"}
-    | {f"machine.{name}" for name in ("facts", "files", "lifetime", "probe")}
+    | {f"machine.{name}" for name in ("files", "lifetime", "probe")}
     | {"guest.archive", "guest.bases", "guest.oci"}
     | {f"bench.{name}" for name in ("binfmt", "facts", "phases", "runner", "userspace", "workload")},
     "compare": GROUND | {"sides"} | {f"bench.{name}" for name in ("facts", "result", "sampler", "workload")},

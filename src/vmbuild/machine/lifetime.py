@@ -226,7 +226,7 @@ def _clear_runtime(files: MachineFiles) -> None:
 
     Raises MachineError when this machine's QEMU lives: without these files nobody would find it again.
     """
-    pid = find_pid(files, load_facts(files))
+    pid = find_pid(files)
     if pid is not None:
         raise MachineError(f"the machine {files.name} still runs", details=f"process {pid}")
     for path in files.runtime:
@@ -249,8 +249,12 @@ def _explain(spec: MachineSpec, argv: list[str], code: int | None, words: str) -
     )
 
 
-def find_pid(files: MachineFiles, facts: Facts | None) -> int | None:
+def find_pid(files: MachineFiles) -> int | None:
     """Return the id of the machine's QEMU: the process in its pid file, if it is ours and alive."""
+    return _pid_by(files, load_facts(files))
+
+
+def _pid_by(files: MachineFiles, facts: Facts | None) -> int | None:
     try:
         pid = int(files.pid.read_text())
     except (FileNotFoundError, ValueError):
@@ -265,7 +269,7 @@ def status(files: MachineFiles) -> MachineStatus:
     `running`, `paused`, `restoring`, `suspended`, `stopped`, or `broken` (QEMU is there but silent).
     """
     facts = load_facts(files)
-    pid = find_pid(files, facts)
+    pid = _pid_by(files, facts)
     answer = _ask(files) if pid is not None else Answer("suspended" if files.suspension.exists() else "stopped")
     disk = files.disk.stat() if files.disk.exists() else None
     return MachineStatus(
@@ -384,7 +388,7 @@ def _disk_full(files: MachineFiles) -> HostError:
 
 def check_alive(files: MachineFiles) -> None:
     """Raise MachineError with the console's last lines when the machine's QEMU is gone."""
-    if find_pid(files, load_facts(files)) is None:
+    if find_pid(files) is None:
         if files.suspension.exists():
             raise SuspendedError(
                 f"the machine {files.name} is suspended",
@@ -402,7 +406,7 @@ def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[Deadline], N
 
     `ask` powers the guest off before the deadline and may fail: it is only the kindest way.
     """
-    pid = find_pid(files, load_facts(files))
+    pid = find_pid(files)
     if pid is not None and ask is not None and _ask(files).state == "running":
         with suppress(VmbuildError):
             ask(deadline)
@@ -417,13 +421,13 @@ def stop(files: MachineFiles, deadline: Deadline, *, ask: Callable[[Deadline], N
 
 def wait_off(files: MachineFiles, deadline: Deadline) -> bool:
     """Wait until the guest has powered itself off; tell whether it has."""
-    pid = find_pid(files, load_facts(files))
+    pid = find_pid(files)
     return pid is None or process.wait_gone(pid, deadline)
 
 
 def destroy(files: MachineFiles) -> None:
     """Delete a stopped machine. Raises MachineError when it runs."""
-    if find_pid(files, load_facts(files)) is not None:
+    if find_pid(files) is not None:
         raise MachineError(f"the machine {files.name} is running", resolution="Stop it first: `vmbuild down`.")
     doomed = files.folder.with_name(f".{files.name}.{uuid.uuid4().hex}")
     files.folder.rename(doomed)

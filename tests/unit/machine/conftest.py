@@ -11,7 +11,6 @@ from tests.unit.conftest import PROGRAMS
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.machine import lifetime
-from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
 from vmbuild.model import GIB, Arch, GuestImage, KernelBoot, MachineSpec
@@ -55,7 +54,7 @@ def files(tmp_path: Path, programs: Path) -> Iterator[MachineFiles]:
     lifetime.prepare(make_spec(tmp_path), files, explicit_disk=False)
     files.seed.write_bytes(bytes(512))
     yield files
-    pid = lifetime.find_pid(files, load_facts(files))
+    pid = lifetime.find_pid(files)
     if pid is not None:
         process.stop(pid, grace_s=0.1)
 
