@@ -77,16 +77,9 @@ def _run_once(side: Side, number: int, output: Path, report: Reporter) -> list[R
     is_quiet = sampler.wait_quiet(QUIET_S)
     measured = side.run(output)
     taken = measured.taken
-    report.step(
-        f"{side.name}, {f'run {number}' if number else 'warming up'}: {taken.seconds:.1f} s, {taken.cpu_s:.1f} s of CPU"
-        + (
-            " (other load on this host)"
-            if taken.is_disturbed
-            else ""
-            if is_quiet
-            else " (the host did not become idle)"
-        )
-    )
+    what = f"run {number}" if number else "warming up"
+    doubt = _doubt(taken, is_quiet=is_quiet)
+    report.step(f"{side.name}, {what}: {taken.seconds:.1f} s, {taken.cpu_s:.1f} s of CPU{doubt}")
     if number == 0:
         return []
     size = output.stat().st_size
@@ -105,3 +98,10 @@ def _run_once(side: Side, number: int, output: Path, report: Reporter) -> list[R
             samples=taken.samples,
         )
     ]
+
+
+def _doubt(taken: sampler.Taken, *, is_quiet: bool) -> str:
+    """Return what speaks against a run, behind its figures."""
+    if taken.is_disturbed:
+        return " (other load on this host)"
+    return "" if is_quiet else " (the host did not become idle)"

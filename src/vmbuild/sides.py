@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from vmbuild.machine.probe import probe
 from vmbuild.model import Home, MachineRequest, arch_name
 from vmbuild.reach import channel_of
 from vmbuild.report import Reporter
-from vmbuild.start import open_session
+from vmbuild.start import asking_for, open_session
 
 
 @dataclass(frozen=True)
@@ -188,20 +187,10 @@ def _build_argv(request: MachineRequest, work: Workload, output: Path) -> list[s
 
 
 def _build_env(request: MachineRequest, home: Home) -> dict[str, str]:
-    settings = {
-        **({"ARCH": arch_name(request.arch)} if request.arch else {}),
-        "CPUS": str(request.cpus),
-        "MEMORY": f"{request.memory_mib}M",
-        "DISK": str(request.disk_bytes),
-        "IMAGE": request.image,
-        "TIMEOUT": f"{request.timeout_s}s",
-        "SNAPSHOTS": "off",
-        "MIRROR": request.mirror,
-        "SECURITY_MIRROR": request.security_mirror,
-        "CACHE_DIR": str(home.cache),
-        "STATE_DIR": str(home.state),
-    }
-    return {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
+    own = {"DISK": str(request.disk_bytes), "SNAPSHOTS": "off", "STATE_DIR": str(home.state)}
+    if request.arch:
+        own["ARCH"] = arch_name(request.arch)
+    return {**asking_for(request, home.cache), **{f"VMBUILD_{name}": value for name, value in own.items()}}
 
 
 def _machine_facts(name: str, request: MachineRequest, home: Home, report: Reporter) -> dict[str, str]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from vmbuild import dockerhost, passing, process, provision, record, settle
 from vmbuild.address import is_place
@@ -217,22 +218,26 @@ def _start_making(shape: Shape, key: str, request: MachineRequest, home: Home) -
     """Have the snapshot made that the next start of such a machine wants, in the background and out of the way."""
     if os.environ.get("CI"):  # a job has no next start, and no CPU time to spare
         return
+    env = {**asking_for(request, home.cache), "VMBUILD_ARCH": arch_name(shape.spec.image.arch)}
+    argv = [sys.executable, "-m", "vmbuild", "images", "snapshot", "--in-background"]
+    with suppress(HostError, OSError):  # the machine is up: what else could not be done can wait for another start
+        if _has_room(request, home) and snapshot.may_try(home.cache, key):
+            with process.starting(argv, cwd=home.cache, log=home.cache / "snapshot.log", env=env):
+                pass
+
+
+def asking_for(request: MachineRequest, cache: Path) -> dict[str, str]:
+    """Return this process's environment, in which another vmbuild asks for such a machine."""
     settings = {
-        "ARCH": arch_name(shape.spec.image.arch),
         "CPUS": str(request.cpus),
         "MEMORY": f"{request.memory_mib}M",
         "IMAGE": request.image,
         "TIMEOUT": f"{request.timeout_s}s",
         "MIRROR": request.mirror,
         "SECURITY_MIRROR": request.security_mirror,
-        "CACHE_DIR": str(home.cache),
+        "CACHE_DIR": str(cache),
     }
-    env = {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
-    argv = [sys.executable, "-m", "vmbuild", "images", "snapshot", "--in-background"]
-    with suppress(HostError, OSError):  # the machine is up: what else could not be done can wait for another start
-        if _has_room(request, home) and snapshot.may_try(home.cache, key):
-            with process.starting(argv, cwd=home.cache, log=home.cache / "snapshot.log", env=env):
-                pass
+    return {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
 
 
 def _has_room(request: MachineRequest, home: Home) -> bool:

@@ -245,8 +245,7 @@ ALLOWED: dict[str, set[str]] = {
     "carry": GROUND
     | {"deliver", "start", "reach", "operate", "follow", "guard", "guest.keys"}
     | {f"machine.{name}" for name in ("files", "bundle", "facts", "lifetime", "suspension")},
-    "watch": GROUND
-    | {"reach", "process", "guest.resources", "guest.session", "machine.files", "machine.lifetime"},
+    "watch": GROUND | {"reach", "process", "guest.resources", "guest.session", "machine.files", "machine.lifetime"},
     "stock": GROUND
     | {"start", "reach", "process", "settle"}
     | {f"image.{name}" for name in ("catalog", "cloud", "given", "prune", "store")}
