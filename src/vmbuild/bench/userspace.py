@@ -116,6 +116,12 @@ def open_userspace(platform: str, runner: str, folder: Path) -> Userspace:
     return found
 
 
+def take_archive(side: Userspace, reference: str, archive: Path) -> None:
+    """Take a docker archive in by a full name: buildah reads a short one as `localhost`'s."""
+    image = side.run("pull", "--quiet", f"docker-archive:{archive}").split()[-1]
+    side.run("tag", image, reference)
+
+
 def import_base(side: Userspace, reference: str, archive: Path | None) -> None:
     """Give this side a base image by its full name: the very one that the machine has, else the registry's.
 
@@ -123,7 +129,7 @@ def import_base(side: Userspace, reference: str, archive: Path | None) -> None:
     --env is for the image that comes of it (buildah 1.28).
     """
     if archive is not None:
-        side.run("pull", "--quiet", f"docker-archive:{archive}")
+        take_archive(side, reference, archive)
     pull = "--pull" if archive is None else "--pull-never"
     container = side.run("from", pull, "--platform", side.platform, reference).split()[-1]
     for name, value in _emulator_env(side).items():

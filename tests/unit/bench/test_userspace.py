@@ -76,6 +76,7 @@ def test_a_base_image_tells_the_emulator_its_cpu(tmp_path: Path, log: Path) -> N
     userspace.import_base(host_side(tmp_path), NAME, tmp_path / "base.tar")
     assert log.read_text().splitlines() == [
         f"pull --quiet docker-archive:{tmp_path}/base.tar",
+        f"tag 0123abcd {NAME}",
         f"from --pull-never --platform linux/arm64 {NAME}",
         "config --env QEMU_CPU=cortex-a76 work-1",
         f"commit --quiet --rm work-1 {NAME}",
