@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -14,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.machine import user_mode
 from tests.machine.conftest import BASE, Cli
 from tests.unit.bench.examples import make_report, make_result
 from vmbuild.bench import binfmt, page
-from vmbuild.errors import HostError
 
 pytestmark = [pytest.mark.machine, pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")]
 
@@ -37,21 +36,7 @@ RUN grep -q aarch64 /machine
 STEPS = ["run 1.01", "run 1.02", "run 2.01"]
 
 
-def can_emulate() -> bool:
-    """Tell whether this host can do the other side at all: it is Linux's and Debian's to give."""
-    emulator = binfmt.EMULATORS["linux/arm64"]
-    if not shutil.which("buildah") or not shutil.which(emulator.program) or platform.machine() == "aarch64":
-        return False
-    if os.geteuid() != 0 and not shutil.which("newuidmap"):
-        return False
-    try:
-        binfmt.check_namespaces()
-    except HostError:
-        return binfmt.find_registered(emulator) is not None
-    return True
-
-
-@pytest.mark.skipif(not can_emulate(), reason="no buildah, no emulator, or no namespaces for it")
+@pytest.mark.skipif(not user_mode.can_emulate(), reason="no buildah, no emulator, or no namespaces for it")
 def test_a_small_build_is_compared(cli: Cli, tmp_path: Path) -> None:
     context = tmp_path / "small"
     context.mkdir()
