@@ -214,6 +214,23 @@ def test_what_a_program_gets_of_this_terminal(
     assert (call.stdin, call.terminal is not None) == (stdin, has_terminal)
 
 
+def test_its_size_is_the_terminals_own_and_not_the_environments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (30, 100))
+    with monkeypatch.context() as patch, os.fdopen(master, "rb"), os.fdopen(slave, "w") as terminal_:
+        patch.setattr("sys.stdout", terminal_)
+        found = attach(patch, is_terminal=True).terminal
+    assert found == (100, 30)
+    with monkeypatch.context() as patch, (tmp_path / "out").open("w") as file:
+        patch.setattr("sys.stdout", file)
+        found = attach(patch, is_terminal=True).terminal
+    assert found == (80, 24)
+
+
 def test_cp_reads_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[tuple[Place, Place]] = []
     monkeypatch.setattr(copy, "copy", lambda begin, end, *_, **__: ends.append((begin, end)))

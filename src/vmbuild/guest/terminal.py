@@ -8,7 +8,7 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from vmbuild.guest.session import CHUNK_BYTES, Session, Sink
 
@@ -39,10 +39,19 @@ def attach(session: Session, argv: Sequence[str], *, interactive: bool = True, h
     is_on_one = sys.stdin.isatty() and sys.stdout.isatty()
     feed = _copy_stdin if interactive else None
     if is_on_one if has_terminal is None else has_terminal:
-        size = shutil.get_terminal_size()
+        size = _terminal_size()
         with _raw(sys.stdin.fileno()) if interactive and is_on_one else nullcontext():
             return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, terminal=(size.columns, size.lines))
     return session.run(argv or SHELL, feed=feed, on_stdout=_write_stdout, on_stderr=_write_stderr)
+
+
+def _terminal_size() -> os.terminal_size:
+    """Return the size of the terminal itself where there is one: LINES and COLUMNS may be those of another."""
+    with suppress(OSError, ValueError):
+        size = os.get_terminal_size(sys.stdout.fileno())
+        if size.columns and size.lines:
+            return size
+    return shutil.get_terminal_size()
 
 
 @contextmanager
