@@ -83,12 +83,13 @@ def test_start_ask_stop(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> N
 def test_a_hundred_starts_and_stops_leave_nothing(spec: MachineSpec, qemu: Qemu, files: MachineFiles) -> None:
     lifetime.start(spec, files, qemu)
     lifetime.stop(files, Deadline.after(5))
-    before, handles, pids = sorted(files.folder.iterdir()), len(list(Path("/proc/self/fd").iterdir())), set[int]()
+    before, handles, pids = sorted(files.folder.iterdir()), len(list(Path("/proc/self/fd").iterdir())), dict[int, str]()
     for number in range(100):
         lifetime.start(spec, files, qemu)
         pid = lifetime.find_pid(files)
-        assert pid is not None
-        pids.add(pid)
+        facts = load_facts(files)
+        assert pid is not None and facts is not None
+        pids[pid] = facts.uuid
         if number % 2:
             process.stop(pid, grace_s=0)  # every other one is killed, as a host that is out of memory would
         lifetime.stop(files, Deadline.after(5))
@@ -97,7 +98,8 @@ def test_a_hundred_starts_and_stops_leave_nothing(spec: MachineSpec, qemu: Qemu,
     ]
     assert len(list(Path("/proc/self/fd").iterdir())) == handles
     assert len(pids) == 100
-    assert [pid for pid in pids if process.is_alive(pid)] == []
+    # By its UUID: an id may be another program's by now.
+    assert [pid for pid, uuid in pids.items() if process.is_alive(pid) and uuid in process.command_line(pid)] == []
 
 
 def test_a_disk_in_use_is_said_in_qemus_words(
