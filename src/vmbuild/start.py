@@ -191,7 +191,7 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
         check = beside.submit(suspension.check, files, kept).result
         order = f"go_on {round(time.time())}"
         discard = partial(suspension.discard, files)
-        restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast)
+        restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast, is_own=True)
         lifetime.start(spec, files, qemu, restore=restore)
     session = _wait_awake(files, Deadline.after(request.timeout_s), report)
     if record.load_all(files.builds):

@@ -119,6 +119,7 @@ def test_a_snapshot_that_was_damaged_is_told_and_the_machine_boots(warm: WarmCli
     try:
         assert re.search(r"the snapshot cannot be used .*booting instead", done.err)
         assert "Starting the machine" in done.err
+        assert b"vmbuild: booted in" in damaged.ok("logs").out
         wait_until(lambda: warm.made() != [], "another one is made in the background", 240)
         assert warm.made() != [kept]
     finally:

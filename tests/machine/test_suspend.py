@@ -149,6 +149,7 @@ FUNCTIONS = 220
 
 def test_up_goes_on_with_the_build_and_the_clock_is_right(awake: Cli, tmp_path: Path) -> None:
     slow_build(tmp_path / "context", 25)
+    awake.guest("echo said before >/dev/console")
     awake.guest("date -s @$(($(date +%s) - 3600))")  # as late as after an hour's sleep
     running = awake.start("build", str(tmp_path / "context"), "-o", str(tmp_path / "out.tar"), "--progress", "plain")
     wait_until(lambda: "at-" in log_of(awake), "the step runs", 120)
@@ -165,6 +166,7 @@ def test_up_goes_on_with_the_build_and_the_clock_is_right(awake: Cli, tmp_path: 
     begun = time.time()
     awake.ok("up")
     assert "Restoring" not in awake.ok("up").err
+    assert b"said before" in awake.ok("logs").out
     assert begun - 2 <= int(awake.guest("date +%s")) <= time.time() + 2
     done = awake.ok("attach")
     assert "at-1\n" in done.err

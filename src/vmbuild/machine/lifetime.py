@@ -140,6 +140,7 @@ class Restore:
 
     `check` raises when the file is not what was saved; it is asked before the guest runs. `at_last` is called when
     nothing can fail any more that could be tried again. `fast` tells how it was saved, None: as this QEMU would.
+    `is_own` says that it is this machine's own memory: its console's log goes on as well.
     """
 
     state: Path
@@ -147,6 +148,7 @@ class Restore:
     check: Callable[[], None]
     at_last: Callable[[], None] = lambda: None
     fast: bool | None = None
+    is_own: bool = False
 
 
 def start(
@@ -159,7 +161,7 @@ def start(
     Raises MachineError with QEMU's own words when it does not start.
     """
     _clear_runtime(files)
-    if files.console_log.exists():
+    if files.console_log.exists() and not (restore and restore.is_own):
         files.console_log.replace(files.console_log.with_suffix(".log.1"))
     _make_boxes(files)
     facts = describe(spec, qemu, disk_size(files))

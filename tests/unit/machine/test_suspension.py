@@ -33,6 +33,7 @@ def go_on(files: MachineFiles, kept: Suspension) -> None:
         partial(suspension.check, files, kept),
         at_last=partial(suspension.discard, files),
         fast=kept.fast,
+        is_own=True,
     )
     lifetime.start(make_spec(files.folder.parents[2]), files, make_qemu(), restore=restore)
 
@@ -71,6 +72,7 @@ def test_a_machine_is_suspended_and_goes_on(running: MachineFiles) -> None:
     go_on(running, kept)
     assert_goes_on(running)
     assert (running.folder / "orders").read_text() == "go_on 12\n"
+    assert running.console_log.read_text() == "booting\n" * 2  # of one guest, one log
 
 
 def test_the_note_is_written_last_and_gone_before_the_guest_goes_on(running: MachineFiles) -> None:
