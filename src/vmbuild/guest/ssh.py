@@ -180,11 +180,10 @@ class _Run:
         try:
             if feed is not None:
                 feed(_ChannelSink(self._channel))
-            self._channel.shutdown_write()
-        except (_ProgramStoppedReading, OSError, EOFError) as error:
-            # The program ended, or closed its input, before it had read all: its exit code says the rest.
-            if not isinstance(error, _ProgramStoppedReading) and not self._channel.closed:
-                self._feed_error = error
+            with _stopping_reading():
+                self._channel.shutdown_write()
+        except _ProgramStoppedReading:
+            pass  # it ended, or closed its input, before it had read all: its exit code says the rest
         except BaseException as error:
             self._feed_error = error
 
@@ -292,10 +291,20 @@ class _ChannelSink:
         self._channel = channel
 
     def write(self, data: bytes, /) -> None:
-        try:
+        with _stopping_reading():
             self._channel.sendall(data)
-        except OSError as error:
-            raise _ProgramStoppedReading from error
+
+
+@contextmanager
+def _stopping_reading() -> Iterator[None]:
+    """Raise _ProgramStoppedReading where nothing takes input any more: the program, or nobody on a lost connection.
+
+    Which it is shows when the channel is closed, and that is not yet sure to be: a write may be the first to fail.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise _ProgramStoppedReading from error
 
 
 def _ignore(data: bytes) -> None:

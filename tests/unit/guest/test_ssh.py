@@ -334,6 +334,34 @@ def test_a_cut_while_input_flows_is_said(guest: Guest, session: SshSession) -> N
         session.run(["sleep", "20"], feed=feed)
 
 
+def test_a_cut_is_said_where_a_write_fails_before_the_channel_is_closed(
+    guest: Guest, session: SshSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko closes the channels in a thread of its own, which is late on a busy host."""
+    real: Callable[[paramiko.Channel], None] = paramiko.Channel._unlink  # type: ignore[attr-defined]
+    seen, failed = threading.Event(), threading.Event()
+
+    def unlink(channel: paramiko.Channel) -> None:
+        if channel.get_transport() not in guest.transports:
+            seen.set()
+            assert failed.wait(20)
+            time.sleep(1)  # longer than a look at what the feed says
+        real(channel)
+
+    def feed(sink: Sink) -> None:
+        guest.cut()
+        assert seen.wait(20)
+        try:
+            for _ in range(20):
+                sink.write(b"x")
+        finally:
+            failed.set()
+
+    monkeypatch.setattr(paramiko.Channel, "_unlink", unlink)
+    with pytest.raises(GuestError, match="connection to the guest broke"):
+        session.run(["sleep", "20"], feed=feed)
+
+
 def test_a_cut_is_told_from_a_signal_whichever_thread_is_faster(
     guest: Guest, session: SshSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
