@@ -21,9 +21,6 @@ from vmbuild.report import Reporter
 from vmbuild.sides import SIDES, Asked, Side, open_sides
 from vmbuild.whole import hash_file
 
-QUIET_S = 20.0
-"""How long a run may wait until the host is idle: what the run before left to do is no part of it."""
-
 
 def compare(request: MachineRequest, asked: Asked, home: Home, report: Reporter) -> Report:
     """Build each workload on each side, in turns, and return what that took. Raises BuildError when one fails."""
@@ -54,7 +51,7 @@ def _compare_one(request: MachineRequest, asked: Asked, work: Workload, home: Ho
         runs: list[Run] = []
         for number in range(work.runs + 1):
             for side in sides:
-                runs += _run_once(side, number, Path(folder) / "image.tar", report)
+                runs += _run_once(side, number, Path(folder) / "image.tar", asked.quiet_s, report)
         side_facts = {side.name: {"what": SIDES[side.name].what, **side.facts()} for side in sides}
     return Result(
         name=work.name,
@@ -70,11 +67,11 @@ def _compare_one(request: MachineRequest, asked: Asked, work: Workload, home: Ho
     )
 
 
-def _run_once(side: Side, number: int, output: Path, report: Reporter) -> list[Run]:
+def _run_once(side: Side, number: int, output: Path, quiet_s: float, report: Reporter) -> list[Run]:
     """Make a run; the first, which warms up, counts for nothing."""
     side.before()
     output.unlink(missing_ok=True)
-    is_quiet = sampler.wait_quiet(QUIET_S)
+    is_quiet = sampler.wait_quiet(quiet_s)
     measured = side.run(output)
     taken = measured.taken
     what = f"run {number}" if number else "warming up"

@@ -51,13 +51,17 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What to compare: the first side with the others, in a machine of this kind."""
+    """What to compare: the first side with the others, in a machine of this kind.
+
+    `quiet_s` is how long a run may wait until the host is idle: what the run before left to do is no part of it.
+    """
 
     workloads: Sequence[Workload]
     sides: tuple[str, ...]
     user_runner: str
     disk_image: str
     command: str
+    quiet_s: float = 20.0
 
 
 @dataclass(frozen=True)

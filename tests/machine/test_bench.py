@@ -43,7 +43,7 @@ def test_a_small_build_is_compared(cli: Cli, tmp_path: Path) -> None:
     (context / "Dockerfile").write_text(DOCKERFILE)
     (context / "data").write_bytes(os.urandom(100_000))
     before = binfmt.find_registered(binfmt.EMULATORS["linux/arm64"])
-    options = ("--runs", "1", "--cpus", "1", "--name", "bench", "--build-arg", "WORD=hello")
+    options = ("--runs", "1", "--cpus", "1", "--name", "bench", "--build-arg", "WORD=hello", "--quiet-limit", "0")
     done = cli.ok("bench", str(context), *options, "--report", str(tmp_path / "report"), "--json", "-")
     data = done.json()
     assert data == json.loads((tmp_path / "report/report.json").read_text())

@@ -55,10 +55,11 @@ def test_a_context_is_compared_by_defaults(asked: list[Any], capsys: pytest.Capt
 
 def test_options_reach_the_comparison(asked: list[Any]) -> None:
     options = ["--against", "user, vm-cold", "--runs", "7", "--user-runner", "chroot", "--platform", "linux/arm/v7"]
+    options += ["--quiet-limit", "1.5"]
     assert run(["bench", ".", *options, "--build-arg", "A=1=2", "--name", "mine", "--cpus", "3"]) == 0
     ((request, what),) = asked
     assert (request.name, request.cpus) == ("mine", 3)
-    assert (what.sides, what.user_runner) == (("vm", "user", "vm-cold"), "chroot")
+    assert (what.sides, what.user_runner, what.quiet_s) == (("vm", "user", "vm-cold"), "chroot", 1.5)
     (work,) = what.workloads
     assert (work.runs, work.platform, work.build_args) == (7, "linux/arm/v7", {"A": "1=2"})
 

@@ -28,6 +28,7 @@ class Turns:
 
     def __init__(self, *names: str) -> None:
         self.log: list[str] = []
+        self.waited_s: list[float] = []
         self.sides = [self._side(name) for name in names]
         self.closed = False
 
@@ -40,6 +41,11 @@ class Turns:
             return Measured(1.8e9, 1.8e9 + 2, (), Taken(2.0, 1.0, 100, others, 2, ()))
 
         return Side(name, run, lambda _: (PHASE,), lambda: None, lambda: {"qemu": "10.0.2"})
+
+    def wait_quiet(self, limit_s: float) -> bool:
+        """Stand in for `sampler.wait_quiet`."""
+        self.waited_s.append(limit_s)
+        return True
 
     def open(self, *args: object) -> list[Side]:
         """Stand in for `sides.open_sides`."""
@@ -57,7 +63,7 @@ def work(tmp_path: Path) -> Workload:
 
 def go(work: Workload, home: Path, *, cpus: int = 1) -> Report:
     request = MachineRequest("bench", cpus, 2048, GIB, "debian-13-arm64")
-    asked = Asked((work,), ("vm", "user"), "auto", "disk", "vmbuild bench")
+    asked = Asked((work,), ("vm", "user"), "auto", "disk", "vmbuild bench", quiet_s=3)
     return compare.compare(request, asked, Home(home, home), SilentReporter())
 
 
@@ -65,13 +71,14 @@ def go(work: Workload, home: Path, *, cpus: int = 1) -> Report:
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     found = Turns("vm", "user")
     monkeypatch.setattr(compare, "open_sides", found.open)
-    monkeypatch.setattr(sampler, "wait_quiet", lambda _: True)
+    monkeypatch.setattr(sampler, "wait_quiet", found.wait_quiet)
     return found
 
 
 def test_sides_take_turns_and_the_first_round_does_not_count(work: Workload, turns: Turns, tmp_path: Path) -> None:
     report = go(work, tmp_path)
     assert turns.log == ["vm", "user"] * 3
+    assert turns.waited_s == [3.0] * 6
     (result,) = report.results
     assert [(run.side, run.number) for run in result.runs] == [("vm", 1), ("user", 1), ("vm", 2), ("user", 2)]
     assert turns.closed

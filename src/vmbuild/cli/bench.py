@@ -41,6 +41,14 @@ PAGE, DATA = "index.html", "report.json"
 @click.option(
     "--runs", type=click.IntRange(1, 100), metavar="N", help="Runs of each side, after one to warm up. [default: 3]"
 )
+@click.option(
+    "--quiet-limit",
+    type=click.FloatRange(min=0),
+    default=20.0,
+    metavar="SECONDS",
+    help="How long each run may wait until the host is idle.",
+    show_default=True,
+)
 @click.option("-f", "--file", "dockerfile", type=click.Path(path_type=Path), metavar="FILE", help="The Dockerfile.")
 @click.option("--build-arg", "build_args", multiple=True, metavar="KEY=VALUE", help="A build argument; repeatable.")
 @click.option("--target", metavar="STAGE", help="Build this stage and stop.")
@@ -74,7 +82,7 @@ def bench_command(context: str, suite: bool, folder: Path | None, data_file: str
 
     choice = _choice(flags)
     sides = _sides(flags.pop("side"), flags.pop("against"))
-    runner, disk_image = flags.pop("user_runner"), flags.pop("disk_image")
+    runner, disk_image, quiet_s = (flags.pop(name) for name in ("user_runner", "disk_image", "quiet_limit"))
     read = workload.read_suite if suite else workload.read_context
     works: Sequence[Workload] = read(Path(context), choice)
     found = read_settings(flags)
@@ -82,7 +90,7 @@ def bench_command(context: str, suite: bool, folder: Path | None, data_file: str
     if "name" not in request.given:
         request = replace(request, name=NAME)
     _check_places(folder, data_file)
-    asked = Asked(works, sides, runner, disk_image, shlex.join(["vmbuild", *sys.argv[1:]]))
+    asked = Asked(works, sides, runner, disk_image, shlex.join(["vmbuild", *sys.argv[1:]]), quiet_s)
     report = compare.compare(request, asked, found.home(), ui.TerminalReporter())
     _write(report, folder, data_file)
     if data_file != "-":
