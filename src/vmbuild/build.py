@@ -24,6 +24,7 @@ from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
 from vmbuild.image import catalog
 from vmbuild.image.base import BasePlan
+from vmbuild.lock import hold
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB
@@ -235,15 +236,20 @@ def base(
 
 def _make_layer(plan: BasePlan, session: Session, channel: Channel, report: Reporter) -> bases.Layer:
     """Return a base image's layer, made in the guest when the host has not kept it."""
-    if not base_image.is_kept(plan):
-        with docker.workspace(session) as work:
-            report.step(f"Unpacking {len(plan.packages)} packages in the guest")
-            tree = partial(base_image.write_plan, plan, report=report)
-            transfer.unpack_tree(session, work.context, tree, channel)
-            report.step("Configuring the packages in the guest")
-            with report.meter("configure", len(plan.packages), unit="packages") as meter:
-                docker.configure_tree(session, work, meter)
-            report.step("Bringing the base image back, for the next machine")
-            with base_image.layer_writer(plan) as write:
-                docker.pack_tree(session, work, write)
+    with hold(plan.layer.with_name(f"{plan.layer.name}.lock"), report, f"makes {plan.spec.repo_tag}"):
+        if not base_image.is_kept(plan):
+            _configure_layer(plan, session, channel, report)
     return bases.Layer(plan.layer, base_image.digest_file(plan.layer).read_text(), base_image.hash_plain(plan.layer))
+
+
+def _configure_layer(plan: BasePlan, session: Session, channel: Channel, report: Reporter) -> None:
+    with docker.workspace(session) as work:
+        report.step(f"Unpacking {len(plan.packages)} packages in the guest")
+        tree = partial(base_image.write_plan, plan, report=report)
+        transfer.unpack_tree(session, work.context, tree, channel)
+        report.step("Configuring the packages in the guest")
+        with report.meter("configure", len(plan.packages), unit="packages") as meter:
+            docker.configure_tree(session, work, meter)
+        report.step("Bringing the base image back, for the next machine")
+        with base_image.layer_writer(plan) as write:
+            docker.pack_tree(session, work, write)
