@@ -94,12 +94,32 @@ class Cli:
         return Cli(self.cache, self.state, name)
 
 
+FIRST = (
+    *("test_suspend.py", "test_build.py", "test_quickstart.py", "test_platforms.py", "test_ci_recipes.py"),
+    *("test_snapshot.py", "test_ways_in.py", "test_dockerfiles.py", "test_up.py", "test_arm32.py", "test_passed_on.py"),
+    *("test_ways_out.py", "test_bench.py", "test_resources.py", "test_docker_host.py"),
+)
+"""The files that take longest, longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: files are dealt out one by one, and a long one at last would be waited for."""
+    ranks = {Path(__file__).with_name(name): rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def cache_of_this_run(factory: pytest.TempPathFactory) -> Path:
+    """Return the cache that all workers of this run share, so that nothing is made twice; or the one that is given."""
+    given = os.environ.get("VMBUILD_TEST_CACHE")
+    base = factory.getbasetemp()
+    return Path(given) if given else (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+
+
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """The program, with every machine of its state folder destroyed at the end."""
     folder = tmp_path_factory.mktemp("home")
-    given = os.environ.get("VMBUILD_TEST_CACHE")
-    program = Cli(Path(given) if given else folder / "cache", folder / "state")
+    program = Cli(cache_of_this_run(tmp_path_factory), folder / "state")
     program.state.mkdir()
     program.ok("images", "fetch")  # no test's time limit should have to hold for it
     yield program
