@@ -262,6 +262,7 @@ def test_docker_loads_the_archive(based: Cli, context: Path, tmp_path: Path) -> 
     said = based.ok("ssh", "--", "docker", "load", stdin=tagged.read_bytes()).out.decode()
     assert "loaded:1" in said
     assert based.guest("docker run --rm loaded:1 cat /word") == "loaded\n"
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")  # a name is missed with any content
     based.ok("build", str(context), "-o", str(nameless))
     said = based.ok("ssh", "--", "docker", "load", stdin=nameless.read_bytes()).out.decode()
     assert "Loaded image ID: sha256:" in said
