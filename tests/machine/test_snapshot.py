@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +51,15 @@ def _folder_and_words(pid: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def warm(cli: Cli) -> WarmCli:
-    """A machine that was restored from a snapshot."""
+def warm(cli: Cli) -> Iterator[WarmCli]:
+    """A machine that was restored from a snapshot; it goes at the end, as others want its memory."""
     program = WarmCli(cli.cache, cli.state, "warm")
     shutil.rmtree(program.cache / "snapshots", ignore_errors=True)  # a cache that was handed in may hold older ones
     program.ok("images", "snapshot")
     done = program.ok("up")
     assert_restored(done)
-    return program
+    yield program
+    program.run("destroy", "--yes")
 
 
 def assert_restored(done: Done) -> None:
@@ -120,7 +122,7 @@ def test_a_snapshot_that_was_damaged_is_told_and_the_machine_boots(warm: WarmCli
         assert re.search(r"the snapshot cannot be used .*booting instead", done.err)
         assert "Starting the machine" in done.err
         assert b"vmbuild: booted in" in damaged.ok("logs").out
-        wait_until(lambda: warm.made() != [], "another one is made in the background", 240)
+        wait_until(lambda: warm.made() != [], "another one is made in the background", 480)
         assert warm.made() != [kept]
     finally:
         damaged.ok("destroy", "--yes")
