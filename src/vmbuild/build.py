@@ -146,7 +146,7 @@ def _start(
         caches=given.caches,
     )
     argv = docker.build_argv(asked, work, placed.where, placed.dockerfile, given.argv)
-    config = docker.write_client_config(session, work, client.content) if client is not None else None
+    config = client.content if client is not None else None
     docker.start_build(
         *(session, work, argv), stdin=placed.stdin, terminal=asked.terminal, client=config, held=given.held
     )

@@ -146,7 +146,7 @@ def test_a_credential_helper_is_asked(world: World, tmp_path: Path) -> None:
     said = world.build(f"FROM {host}/team/tiny:1\nLABEL x=5\n", PATH=path)
     assert f"Logged in for this build: {host}\n" in said
     assert (tmp_path / "asked").read_text().split("\n") == ["list ", f"get {host}", ""]
-    assert world.cli.guest("ls /run/vmbuild/secrets").strip() == ""
+    assert world.cli.guest("ls -A /run/vmbuild/held").strip() == ""
     left = world.cli.guest(f"grep -rl {LOGIN[1]} /var/lib/vmbuild /run/vmbuild /tmp /root /var/log 2>/dev/null || true")
     assert left.strip() == ""
     assert LOGIN[1] not in "".join(path.read_text() for path in world.cli.state.rglob("*.json"))
