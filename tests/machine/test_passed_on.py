@@ -136,6 +136,21 @@ def test_tls_of_a_private_authority_and_a_login(world: World) -> None:
     assert LOGIN[1] not in said
 
 
+def test_a_push_trusts_the_private_authority(world: World) -> None:
+    """`private.test` is no loopback, so that its certificate is asked for; the proxy knows where it is."""
+    auth = b64encode(":".join(LOGIN).encode()).decode()
+    world.configure({"auths": {"private.test": {"auth": auth}}})
+    argv = ("build", str(world.context("FROM scratch\nCOPY Dockerfile /\n")), "-t", "private.test/team/new:1", "--push")
+    refused = world.run(*argv, VMBUILD_CA="off")
+    assert refused.code == 8
+    assert "certificate" in refused.err
+    assert "team/new" not in world.private.repositories()
+    done = world.run(*argv)
+    assert done.code == 0, done.err
+    assert "team/new" in world.private.repositories()
+    assert LOGIN[1] not in done.err
+
+
 def test_a_credential_helper_is_asked(world: World, tmp_path: Path) -> None:
     """The registry on localhost, which a helper has a login for; nothing of it is left in the guest."""
     host = world.private.host
