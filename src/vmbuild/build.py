@@ -101,9 +101,7 @@ def _build_once(
         with _removed_on_failure(session, work), ExitStack() as until_begun:
             way = Way(session, work.folder, files.contexts, channel_of(files), report)
             placed = (
-                _place_context(source, until_begun, work, way)
-                if source
-                else _leave_context(asked, stdin, session, work)
+                _place_context(source, until_begun, work, way) if source else _leave_context(asked, stdin, work, way)
             )
             given = supplies.bring(way, until_begun, until_ended)
             started = _start(asked, placed, given, client, session, work, files, begun)
@@ -180,11 +178,14 @@ def _place_context(source: context.Context, until_begun: ExitStack, work: docker
     return Placed(where, work.dockerfile, None, sent)
 
 
-def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
+def _leave_context(asked: BuildRequest, stdin: BinaryIO, work: docker.Workspace, way: Way) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
+    session = way.session
     where, dockerfile = seen_from_guest(asked.context), asked.dockerfile and seen_from_guest(asked.dockerfile)
     if "-" in (where, dockerfile):
-        return Placed(where, dockerfile, work.stdin, transfer.write_stdin(session, work.stdin, stdin))
+        way.report.step("Sending standard input")
+        sent = transfer.write_stdin(session, work.stdin, stdin, way.channel, way.report)
+        return Placed(where, dockerfile, work.stdin, sent)
     if dockerfile and Path(dockerfile).is_absolute() and Path(dockerfile).is_file():  # the host's, as buildx has it
         transfer.write_file(session, work.dockerfile, send(Path(dockerfile).read_bytes()))
         return Placed(where, work.dockerfile)

@@ -18,7 +18,7 @@ from vmbuild.guest import channel, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.context import add_file, open_tar
 from vmbuild.guest.extract import Stream
-from vmbuild.guest.session import CHUNK_BYTES, Feed, Session, Sink, capture
+from vmbuild.guest.session import Session, Sink, capture
 from vmbuild.report import Meter, Reporter
 
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -97,7 +97,8 @@ def send_path(session: Session, channel_: Channel, source: Path, target: Target,
             for name, path in _walk(source, target.name):
                 add_file(tar, name, path)
 
-    _unpack(session, target.folder, write_tar, channel_, report)
+    with _naming_a_copy():
+        transfer.unpack_context(session, target.folder, write_tar, channel_, report)
 
 
 def _walk(source: Path, name: str) -> Iterator[tuple[str, Path]]:
@@ -121,17 +122,14 @@ def _refuse(error: OSError) -> None:
 
 def send_stream(session: Session, channel_: Channel, stdin: BinaryIO, folder: str, report: Reporter) -> None:
     """Unpack a tar stream of the host in a folder of the guest. Raises GuestError."""
-
-    def write_tar(sink: Sink) -> None:
-        while data := stdin.read(CHUNK_BYTES):
-            sink.write(data)
-
-    _unpack(session, folder, write_tar, channel_, report)
+    with _naming_a_copy():
+        transfer.unpack_stdin(session, folder, stdin, channel_, report)
 
 
-def _unpack(session: Session, folder: str, write_tar: Feed, channel_: Channel, report: Reporter) -> None:
+@contextmanager
+def _naming_a_copy() -> Iterator[None]:
     try:
-        transfer.unpack_context(session, folder, write_tar, channel_, report)
+        yield
     except transfer.DiskFullError:
         raise
     except GuestError as error:
