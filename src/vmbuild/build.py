@@ -18,7 +18,7 @@ from vmbuild import deliver, follow, operate, passing, process, record, settle, 
 from vmbuild.address import is_remote, seen_from_guest
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import bases, context, docker, oom, transfer
+from vmbuild.guest import bases, context, copying, docker, oom, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -246,6 +246,6 @@ def _make_layer(plan: BasePlan, session: Session, channel: Channel, report: Repo
             with report.meter("configure", len(plan.packages), unit="packages") as meter:
                 docker.configure_tree(session, work, meter)
             report.step("Bringing the base image back, for the next machine")
-            with base_image.layer_writer(plan) as write:
-                docker.pack_tree(session, work, write)
+            with copying.packed(session, channel, work.context, report) as stream:
+                base_image.keep_layer(plan, stream.read)
     return bases.Layer(plan.layer, base_image.digest_file(plan.layer).read_text(), base_image.hash_plain(plan.layer))

@@ -240,7 +240,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "bases", "channel", "context", "docker", "oom")}
-    | {"guest.transfer"},
+    | {"guest.copying", "guest.transfer"},
     "operate": GROUND
     | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}

@@ -12,7 +12,7 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest import job, secrets
 from vmbuild.guest.session import Output, Session, capture
-from vmbuild.guest.transfer import TAR, disk_full
+from vmbuild.guest.transfer import disk_full
 from vmbuild.model import BuildRequest
 from vmbuild.outputs import Kind
 from vmbuild.report import Meter
@@ -243,11 +243,3 @@ def configure_tree(session: Session, work: Workspace, meter: Meter) -> None:
         raise GuestError(
             f"configuring the packages failed with exit code {code}", details=tail.decode(errors="replace")
         )
-
-
-def pack_tree(session: Session, work: Workspace, write: Output) -> None:
-    """Pass on a root tree as a zstd-compressed tar. Raises GuestError."""
-    errors = bytearray()
-    argv = ["sh", "-c", f'{TAR} -c --numeric-owner --sort=name -C "$1" . | zstd -q -2 -T0', "pack", work.context]
-    if session.run(argv, on_stdout=write, on_stderr=errors.extend) != 0 or errors:
-        raise GuestError("the tree could not be packed in the guest", details=errors.decode(errors="replace"))
