@@ -116,6 +116,20 @@ def test_a_mirror_serves_docker_hub_on_a_machine_that_runs(world: World) -> None
     assert "localhost" not in world.cli.guest("cat /etc/docker/daemon.json")
 
 
+def test_a_syntax_line_asks_the_mirror_for_its_front_end(world: World) -> None:
+    """There is none: the build says what it wanted, and what to do without."""
+    dockerfile = "# syntax=docker/dockerfile:1\nFROM scratch\nCOPY Dockerfile /\n"
+    mirror = f"http://localhost:{world.plain.port}"
+    assert "/v2/docker/dockerfile/" not in world.plain.log()
+    done = world.run("build", "-q", str(world.context(dockerfile)), VMBUILD_REGISTRY_MIRRORS=mirror)
+    assert done.code == 7
+    assert "/v2/docker/dockerfile/manifests/1?ns=docker.io" in world.plain.log()
+    what, _, advice = done.err.partition("The Dockerfile's `# syntax=` line asks for a front end from a registry.")
+    assert "docker.io/docker/dockerfile:1" in what.rpartition("ERROR")[2]
+    assert "leave the line out" in advice
+    world.build(dockerfile.partition("\n")[2])
+
+
 def test_an_insecure_registry_behind_the_proxy(world: World) -> None:
     dockerfile = "FROM plain.test/team/tiny:1\nLABEL x=3\n"
     assert world.run("build", str(world.context(dockerfile))).code == 7
