@@ -18,7 +18,7 @@ from vmbuild import deliver, follow, operate, passing, process, record, settle, 
 from vmbuild.address import is_remote, seen_from_guest
 from vmbuild.errors import OutOfMemoryError, UsageError, VmbuildError
 from vmbuild.follow import Watch
-from vmbuild.guest import bases, context, docker, oom, transfer
+from vmbuild.guest import bases, context, copying, docker, oom, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session, send
 from vmbuild.image import base as base_image
@@ -88,6 +88,7 @@ def _build_once(
     asked = replace(asked, platforms=settle.choose_platforms(asked.platforms, arch))
     is_elsewhere = asked.context == "-" or is_remote(asked.context)
     source = None if is_elsewhere else context.open_context(Path(asked.context), asked.dockerfile, stdin)
+    passing.trust_here(request)
     deliver.check_all(asked.outputs, asked.tags, asked.platforms, str(Path.cwd()))
     _forget_old_results(asked)
     request = passing.for_build(request, asked, source)
@@ -101,9 +102,7 @@ def _build_once(
         with _removed_on_failure(session, work), ExitStack() as until_begun:
             way = Way(session, work.folder, files.contexts, channel_of(files), report)
             placed = (
-                _place_context(source, until_begun, work, way)
-                if source
-                else _leave_context(asked, stdin, session, work)
+                _place_context(source, until_begun, work, way) if source else _leave_context(asked, stdin, work, way)
             )
             given = supplies.bring(way, until_begun, until_ended)
             started = _start(asked, placed, given, client, session, work, files, begun)
@@ -147,7 +146,7 @@ def _start(
         caches=given.caches,
     )
     argv = docker.build_argv(asked, work, placed.where, placed.dockerfile, given.argv)
-    config = docker.write_client_config(session, work, client.content) if client is not None else None
+    config = client.content if client is not None else None
     docker.start_build(
         *(session, work, argv), stdin=placed.stdin, terminal=asked.terminal, client=config, held=given.held
     )
@@ -180,11 +179,14 @@ def _place_context(source: context.Context, until_begun: ExitStack, work: docker
     return Placed(where, work.dockerfile, None, sent)
 
 
-def _leave_context(asked: BuildRequest, stdin: BinaryIO, session: Session, work: docker.Workspace) -> Placed:
+def _leave_context(asked: BuildRequest, stdin: BinaryIO, work: docker.Workspace, way: Way) -> Placed:
     """Leave a context to Docker that is Docker's to fetch; what it wants to read on standard input goes before it."""
+    session = way.session
     where, dockerfile = seen_from_guest(asked.context), asked.dockerfile and seen_from_guest(asked.dockerfile)
     if "-" in (where, dockerfile):
-        return Placed(where, dockerfile, work.stdin, transfer.write_stdin(session, work.stdin, stdin))
+        way.report.step("Sending standard input")
+        sent = transfer.write_stdin(session, work.stdin, stdin, way.channel, way.report)
+        return Placed(where, dockerfile, work.stdin, sent)
     if dockerfile and Path(dockerfile).is_absolute() and Path(dockerfile).is_file():  # the host's, as buildx has it
         transfer.write_file(session, work.dockerfile, send(Path(dockerfile).read_bytes()))
         return Placed(where, work.dockerfile)
@@ -251,5 +253,5 @@ def _configure_layer(plan: BasePlan, session: Session, channel: Channel, report:
         with report.meter("configure", len(plan.packages), unit="packages") as meter:
             docker.configure_tree(session, work, meter)
         report.step("Bringing the base image back, for the next machine")
-        with base_image.layer_writer(plan) as write:
-            docker.pack_tree(session, work, write)
+        with copying.packed(session, channel, work.context, report) as stream:
+            base_image.keep_layer(plan, stream.read)

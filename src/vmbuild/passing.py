@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from vmbuild import authorities, docker_config, logins
+from vmbuild import authorities, docker_config, logins, trust
 from vmbuild.address import seen_from_guest, without_credentials
 from vmbuild.guest import passed, seed
 from vmbuild.guest.context import Context
@@ -42,8 +42,8 @@ def proxies(request: MachineRequest) -> dict[str, str]:
 
 
 def trust_here(request: MachineRequest) -> None:
-    """Let vmbuild's own downloads trust what a guest shall trust. Raises UsageError."""
-    http.trust_also("".join(each.pem for each in _authorities(request)))
+    """Let vmbuild's own downloads and pushes trust what a guest shall trust. Raises UsageError."""
+    trust.trust_also("".join(each.pem for each in _authorities(request)))
 
 
 def _authorities(request: MachineRequest) -> list[authorities.Authority]:

@@ -204,7 +204,7 @@ SETTINGS = (
         *(_parse_switch, _turns_on),
     ),
     Setting(
-        *("ca", "FILES", "CA certificates to trust, in the guest and for downloads.", lambda: "auto"),
+        *("ca", "FILES", "CA certificates to trust, in the guest and for downloads and pushes.", lambda: "auto"),
         *("auto: those that this host's administrator added", parse_authorities, _turns_on),
     ),
     Setting(

@@ -55,12 +55,14 @@ class Cli:
         }
         return {**os.environ, **own}
 
-    def start(self, *args: str, stdin: int = subprocess.DEVNULL, cwd: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self, *args: str, stdin: int = subprocess.DEVNULL, cwd: Path | None = None, **env: str
+    ) -> subprocess.Popen[bytes]:
         """Start the program, both outputs piped."""
         return subprocess.Popen(
             [str(CLI), *args],
             cwd=cwd,
-            env=self.env,
+            env={**self.env, **env},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

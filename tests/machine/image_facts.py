@@ -36,6 +36,7 @@ class Facts:
             (entry,) = json.loads(data("manifest.json"))
             about = json.loads(data(entry["Config"]))
             found = {key: value for key in CONFIG if (value := about["config"].get(key))}
+            found.setdefault("WorkingDir", "/")  # none is this one; of what is FROM scratch only BuildKit says so
             facts = cls((about["os"], about["architecture"]), found)
             for layer in entry["Layers"]:
                 file = tar.extractfile(layer)

@@ -234,11 +234,13 @@ def test_standard_input_and_a_terminal_at_once(based: Cli, context: Path) -> Non
 
 def test_ctrl_c_while_standard_input_is_awaited(based: Cli) -> None:
     program = based.start("build", "-", stdin=subprocess.PIPE)
-    wait_until(lambda: "/stdin" in based.guest("ls -d /var/lib/vmbuild/work/*/stdin || true"), "input is awaited", 60)
+    place = "ls -d /var/lib/vmbuild/work/*/context || true"
+    wait_until(lambda: based.guest(place) != "", "input is awaited", 60)
     program.send_signal(signal.SIGINT)
     assert program.wait(60) == 130
     assert program.stderr is not None
     assert b"Fatal" not in program.stderr.read()
+    assert based.guest(place) == ""
     for pipe in (program.stdin, program.stdout, program.stderr):
         assert pipe is not None
         pipe.close()

@@ -116,6 +116,20 @@ def test_a_mirror_serves_docker_hub_on_a_machine_that_runs(world: World) -> None
     assert "localhost" not in world.cli.guest("cat /etc/docker/daemon.json")
 
 
+def test_a_syntax_line_asks_the_mirror_for_its_front_end(world: World) -> None:
+    """There is none: the build says what it wanted, and what to do without."""
+    dockerfile = "# syntax=docker/dockerfile:1\nFROM scratch\nCOPY Dockerfile /\n"
+    mirror = f"http://localhost:{world.plain.port}"
+    assert "/v2/docker/dockerfile/" not in world.plain.log()
+    done = world.run("build", "-q", str(world.context(dockerfile)), VMBUILD_REGISTRY_MIRRORS=mirror)
+    assert done.code == 7
+    assert "/v2/docker/dockerfile/manifests/1?ns=docker.io" in world.plain.log()
+    what, _, advice = done.err.partition("The Dockerfile's `# syntax=` line asks for a front end from a registry.")
+    assert "docker.io/docker/dockerfile:1" in what.rpartition("ERROR")[2]
+    assert "leave the line out" in advice
+    world.build(dockerfile.partition("\n")[2])
+
+
 def test_an_insecure_registry_behind_the_proxy(world: World) -> None:
     dockerfile = "FROM plain.test/team/tiny:1\nLABEL x=3\n"
     assert world.run("build", str(world.context(dockerfile))).code == 7
@@ -136,6 +150,21 @@ def test_tls_of_a_private_authority_and_a_login(world: World) -> None:
     assert LOGIN[1] not in said
 
 
+def test_a_push_trusts_the_private_authority(world: World) -> None:
+    """`private.test` is no loopback, so that its certificate is asked for; the proxy knows where it is."""
+    auth = b64encode(":".join(LOGIN).encode()).decode()
+    world.configure({"auths": {"private.test": {"auth": auth}}})
+    argv = ("build", str(world.context("FROM scratch\nCOPY Dockerfile /\n")), "-t", "private.test/team/new:1", "--push")
+    refused = world.run(*argv, VMBUILD_CA="off")
+    assert refused.code == 8
+    assert "certificate" in refused.err
+    assert "team/new" not in world.private.repositories()
+    done = world.run(*argv)
+    assert done.code == 0, done.err
+    assert "team/new" in world.private.repositories()
+    assert LOGIN[1] not in done.err
+
+
 def test_a_credential_helper_is_asked(world: World, tmp_path: Path) -> None:
     """The registry on localhost, which a helper has a login for; nothing of it is left in the guest."""
     host = world.private.host
@@ -146,7 +175,7 @@ def test_a_credential_helper_is_asked(world: World, tmp_path: Path) -> None:
     said = world.build(f"FROM {host}/team/tiny:1\nLABEL x=5\n", PATH=path)
     assert f"Logged in for this build: {host}\n" in said
     assert (tmp_path / "asked").read_text().split("\n") == ["list ", f"get {host}", ""]
-    assert world.cli.guest("ls /run/vmbuild/secrets").strip() == ""
+    assert world.cli.guest("ls -A /run/vmbuild/held").strip() == ""
     left = world.cli.guest(f"grep -rl {LOGIN[1]} /var/lib/vmbuild /run/vmbuild /tmp /root /var/log 2>/dev/null || true")
     assert left.strip() == ""
     assert LOGIN[1] not in "".join(path.read_text() for path in world.cli.state.rglob("*.json"))

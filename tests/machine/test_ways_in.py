@@ -181,16 +181,22 @@ def test_secrets_end_with_a_build_that_nobody_follows_and_do_not_leave_the_host(
     based: Cli, context: Path, key: Path, tmp_path: Path
 ) -> None:
     word = secrets.token_hex(16)
+    login = base64.b64encode(f"me:{secrets.token_hex(16)}".encode()).decode()
     (tmp_path / "token").write_text(word)
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"docker.io": {"auth": login}}}))
     write(
         context,
         "RUN --mount=type=secret,id=token wc -c </run/secrets/token; while [ ! -e /tmp/go ]; do sleep 1.25; done",
         "RUN --mount=type=ssh --mount=type=bind,target=/c perl /c/ask.pl",
     )
     given = ("--secret", f"id=token,src={tmp_path}/token", "--ssh", f"default={key}")
-    command = based.start("build", str(context), "-t", "left:1", "--progress", "plain", *given)
+    command = based.start(
+        "build", str(context), "-t", "left:1", "--progress", "plain", *given, DOCKER_CONFIG=str(tmp_path)
+    )
     wait_until(lambda: "sleep 1.25" in based.guest("ps -o args"), "the step runs", 120)
-    assert len(based.guest(HELD).split()) == 2
+    held = {path.rpartition("/")[2]: path for path in based.guest(HELD).split()}
+    assert {"0", "agent.0", "config.json"} <= held.keys()
+    assert login in based.guest(f"cat {held['config.json']}")
     bundle = tmp_path / "out.vmbundle"
     refused = based.run("suspend", "--to", str(bundle))
     assert refused.code == 2
@@ -206,9 +212,9 @@ def test_secrets_end_with_a_build_that_nobody_follows_and_do_not_leave_the_host(
     assert attached.returncode == 0, err.decode()
     check_signature(err.decode(), key)  # who attaches lends the agent anew
     assert based.guest(HELD) == ""
-    assert_nowhere(based, [word], but="left:1")
+    assert_nowhere(based, [word, login], but="left:1")
 
-    command = based.start("build", str(context), "--no-cache", *given)
+    command = based.start("build", str(context), "--no-cache", *given, DOCKER_CONFIG=str(tmp_path))
     wait_until(lambda: "sleep 1.25" in based.guest("ps -o args"), "the step runs", 120)
     (record,) = (json.loads(path.read_text()) for path in based.state.rglob("builds/*.json"))
     assert record["has_secrets"]

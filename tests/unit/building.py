@@ -14,7 +14,7 @@ import zstandard
 from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import VmbuildError
-from vmbuild.guest import channel, job, sync
+from vmbuild.guest import channel, job, secrets, sync
 from vmbuild.guest.oci import BLOBS
 from vmbuild.guest.session import ConnectionLostError
 
@@ -48,6 +48,7 @@ class Guest(FakeSession):
             (("cat", f"{BLOBS}/{CONFIG_DIGEST}"), Reply(stdout=CONFIG)),
             (("cat",), Reply(stdout=MANIFEST)),
             ((job.PROGRAM,), Reply()),
+            ((secrets.PROGRAM,), Reply()),
             ((sync.PROGRAM, "claim"), Reply(stdout=b"none\n")),
             (("rm",), Reply()),
             (("test",), Reply()),

@@ -21,7 +21,7 @@ from vmbuild.cli import program
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, MachineError, OutOfMemoryError, UsageError
 from vmbuild.follow import Watch
-from vmbuild.guest import docker, job, ready
+from vmbuild.guest import docker, job, ready, secrets
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import BuildRequest, Home, MachineRequest, MachineStatus, PassOn
@@ -124,12 +124,12 @@ def test_a_login_is_in_memory_for_the_time_of_a_build_and_nowhere_else(
     records = []
     monkeypatch.setattr(record, "save", lambda _, made: records.append(made))
     guest = run(BuildRequest(str(context)), request=replace(REQUEST, pass_on=PassOn(logins=True)))
-    (told,) = guest.shells("secret")
-    assert told.argv[-1] == "/run/vmbuild/secrets/w/docker"
-    assert json.loads(told.stdin) == {"proxies": {}, "auths": {"docker.io": {"auth": "c2VjcmV0"}}}
-    (built,) = guest.ran(job.PROGRAM, "start")
-    assert "DOCKER_CONFIG=/run/vmbuild/secrets/w/docker" in built.argv
-    assert guest.ran("rm", "-rf", "/w", "/run/vmbuild/secrets/w")
+    (built,) = guest.ran(secrets.PROGRAM, "put", "/run/vmbuild/held/w", "/w/held", job.PROGRAM, "start")
+    assert "DOCKER_CONFIG=/run/vmbuild/held/w" in built.argv
+    size, _, rest = built.stdin.partition(b" config.json\n")
+    assert rest[int(size) :] == b".\n"
+    assert json.loads(rest[: int(size)]) == {"proxies": {}, "auths": {"docker.io": {"auth": "c2VjcmV0"}}}
+    assert [call for call in guest.calls if b"c2VjcmV0" in call.stdin] == [built]
     assert "c2VjcmV0" not in " ".join(word for call in guest.calls for word in call.argv)
     assert [made.has_secrets for made in records] == [True]
     assert "c2VjcmV0" not in repr(records)
@@ -137,7 +137,8 @@ def test_a_login_is_in_memory_for_the_time_of_a_build_and_nowhere_else(
 
 def test_a_build_without_a_login_has_no_configuration(run: Callable[..., Guest], context: Path) -> None:
     guest = run(BuildRequest(str(context)))
-    assert guest.shells("secret") == []
+    assert guest.ran(job.PROGRAM, "start")
+    assert guest.ran(secrets.PROGRAM) == []
     assert not any("DOCKER_CONFIG" in word for call in guest.calls for word in call.argv)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from vmbuild.copy import Place
 from vmbuild.errors import GuestError, HostError, UsageError
 from vmbuild.guest import copying
 from vmbuild.guest.channel import Channel
+from vmbuild.guest.extract import Stream
 from vmbuild.guest.session import Session
 from vmbuild.guest.transfer import DiskFullError
 from vmbuild.model import MIB, Home
@@ -223,15 +225,20 @@ def test_a_full_guest_is_said_as_that(tree: Path, tmp_path: Path, monkeypatch: p
         cp(tree / "large", ":/there")
 
 
+TOTAL = b"Total bytes written: %d (2.0KiB, 1.0MiB/s)\n"
+NO_TAR = b"no tar at all".ljust(2000, b"!")
+
+
 @pytest.mark.parametrize(
     "reply",
     [
-        Reply(0, stdout=b"no zstd at all"),
-        Reply(0, stdout=zstandard.compress(b"no tar at all".ljust(2000, b"!"))),
+        Reply(0, stdout=b"no zstd at all", stderr=TOTAL % 2000),
+        Reply(0, stdout=zstandard.compress(NO_TAR), stderr=TOTAL % 2000),
+        Reply(0, stdout=zstandard.compress(NO_TAR)),
         Reply(0, stderr=b"tar: Exiting with failure status due to previous errors"),
         Reply(127, stderr=b"tar: not found"),
     ],
-    ids=["noise", "no tar", "tar failed", "no tar program"],
+    ids=["noise", "no tar", "no total", "tar failed", "no tar program"],
 )
 def test_a_guest_that_sends_nonsense_leaves_nothing(
     reply: Reply, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,11 +250,48 @@ def test_a_guest_that_sends_nonsense_leaves_nothing(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".vmbuild~*"))
 
 
-def test_a_guest_that_does_not_say_how_much_it_packed(tmp_path: Path) -> None:
+def read_all(stream: Stream) -> bytes:
+    return b"".join(iter(lambda: stream.read(1000), b""))
+
+
+def test_a_tree_has_the_same_bytes_whichever_way(tree: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (0, 256 * MIB):
+        channel = make_channel(tmp_path / str(size), size)
+        with copying.packed(DriveSession(tmp_path / str(size)), channel, str(tree), SilentReporter()) as stream:
+            found.append(read_all(stream))
+    assert found[0] == found[1]
+    with tarfile.open(fileobj=io.BytesIO(found[0])) as tar:
+        names = tar.getnames()
+    assert names == sorted(names) and {".", "./large"} <= set(names)
+
+
+@pytest.mark.parametrize("less", [-5, 5])
+def test_what_is_not_as_long_as_the_guest_says_is_damaged(tmp_path: Path, less: int) -> None:
+    """tar was killed, and the program behind it ended well."""
+    guest = FakeSession((("sh",), Reply(0, zstandard.compress(NO_TAR), TOTAL % (2000 - less))))
+    with (
+        pytest.raises(GuestError, match="not as long"),
+        copying.packed(guest, make_channel(tmp_path / "d", 0), "/x", SilentReporter()) as stream,
+    ):
+        read_all(stream)
+
+
+def test_a_drive_that_is_shorter_than_the_guest_says_is_damaged(tmp_path: Path) -> None:
+    guest = FakeSession((("sh",), Reply(0, stderr=TOTAL % (2 * MIB))))
+    with (
+        pytest.raises(GuestError, match="not as long"),
+        copying.packed(guest, make_channel(tmp_path / "d", MIB), "/x", SilentReporter()) as stream,
+    ):
+        read_all(stream)
+
+
+@pytest.mark.parametrize("size", [0, MIB], ids=["ssh", "drives"])
+def test_a_guest_that_does_not_say_how_much_it_packed(tmp_path: Path, size: int) -> None:
     guest = FakeSession((("sh",), Reply(0)))
     with (
         pytest.raises(GuestError, match="how large"),
-        copying.packed(guest, make_channel(tmp_path / "d"), "/x", SilentReporter()),
+        copying.packed(guest, make_channel(tmp_path / "d", size), "/x", SilentReporter()),
     ):
         pass
 

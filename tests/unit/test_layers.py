@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "vmbuild"
-GROUND = {"errors", "outputs", "model", "inputs", "deadline", "report", "whole", "lock", "address", "plain", "record"}
+GROUND = {
+    *("errors", "outputs", "model", "inputs", "deadline", "report", "whole", "lock", "address", "plain", "record"),
+    "trust",
+}
 IMAGE = {
     *(
         "tree",
@@ -94,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "deadline": {"errors"},
     "report": set(),
     "whole": {"errors"},
+    "trust": set(),
     "lock": {"report", "whole"},
     "address": set(),
     "inputs": {"errors", "address"},
@@ -236,7 +240,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "resources")}
     | {f"guest.{name}" for name in ("session", "bases", "channel", "context", "docker", "oom")}
-    | {"guest.transfer"},
+    | {"guest.copying", "guest.transfer"},
     "operate": GROUND
     | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
@@ -283,7 +287,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.ways_out": {"errors", "model", "outputs"},
     "cli.build": {"errors", "model", "outputs", "settings", "ui", "cli.completion", "cli.options", "cli.ways_in"}
     | {"cli.ways_out"}
-    | {"build", "follow", "guard", "carry"},
+    | {"build", "follow", "guard", "carry", "passing"},
     "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
     "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},

@@ -35,7 +35,6 @@ class World:
         self.files = MachineFiles.at(self.home.state, "box")
         self.files.folder.mkdir(parents=True)
         self.guest = Guest()
-        self.guest.table = (((secrets.PROGRAM,), Reply()), *self.guest.table)
         self.report = Listener()
         self.recorded: list[str] = []
 

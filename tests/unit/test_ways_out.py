@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import pytest
 
+from tests.machine.registry import make_authority
 from tests.unit.building import CONFIG_DIGEST, MANIFEST, Guest
 from tests.unit.listener import Listener
 from tests.unit.registry.server import FakeRegistry
@@ -22,10 +23,12 @@ from vmbuild.errors import DeliveryError, GuestError, UsageError
 from vmbuild.follow import Watch
 from vmbuild.guest import docker
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest
+from vmbuild.model import BuildRequest, BuildResult, Home, MachineRequest, PassOn
 from vmbuild.outputs import Kind, Output, parse_output
 from vmbuild.record import BuildRecord
+from vmbuild.registry import transport
 from vmbuild.report import SilentReporter
+from vmbuild.trust import trusted_too
 
 
 @pytest.fixture
@@ -203,7 +206,10 @@ def test_a_place_that_cannot_be_written_is_found_before(tmp_path: Path, output: 
         deliver.check_all([parse_output(output)], (), ("linux/arm64",), str(tmp_path))
 
 
-def test_a_registry_is_asked_before_a_machine_is(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def push(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Build and push to a registry that lets nobody in, which is to be found before a machine is started."""
+
     @contextmanager
     def open_session(*_: object) -> Iterator[Guest]:
         raise AssertionError("a machine was started")
@@ -212,16 +218,52 @@ def test_a_registry_is_asked_before_a_machine_is(home: Home, tmp_path: Path, mon
     monkeypatch.setattr(build, "open_session", open_session)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Dockerfile").write_text("FROM scratch\n")
-    with FakeRegistry("basic").serving() as registry:
+
+    def push(registry: FakeRegistry, pass_on: PassOn) -> None:
         asked = BuildRequest(".", tags=(f"{registry.host}/a:1",), outputs=(Output(Kind.REGISTRY),))
-        with pytest.raises(DeliveryError, match="does not let you push"):
-            build.build(
-                MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64"),
-                *(asked, home, SilentReporter()),
-                stdin=io.BytesIO(),
-                stdout=io.BytesIO(),
-                watch=Watch(),
-            )
+        build.build(
+            MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64", pass_on=pass_on),
+            *(asked, home, SilentReporter()),
+            stdin=io.BytesIO(),
+            stdout=io.BytesIO(),
+            watch=Watch(),
+        )
+
+    return push
+
+
+def test_a_registry_is_asked_before_a_machine_is(push: Callable[..., None]) -> None:
+    with FakeRegistry("basic").serving() as registry, pytest.raises(DeliveryError, match="does not let you push"):
+        push(registry, PassOn())
+
+
+def test_it_is_asked_with_the_authorities_of_the_settings(
+    push: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(transport, "is_loopback", lambda _: False)
+    authority = make_authority(tmp_path)
+    with FakeRegistry("basic").serving(tmp_path / "server.pem") as registry:
+        for pass_on, words in (
+            (PassOn(authorities=(str(authority),)), "does not let you push"),
+            (PassOn(authorities=("off",)), "did not take"),
+        ):
+            with pytest.raises(DeliveryError, match=words):
+                push(registry, pass_on)
+    assert trusted_too() == ""
+
+
+def test_who_attaches_pushes_with_the_authorities_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, trusted = make_authority(tmp_path), list[str]()
+    monkeypatch.setenv("VMBUILD_CA", str(authority))
+    monkeypatch.setattr(follow, "attach", lambda *_, **__: trusted.append(trusted_too()))
+    assert program.run(["attach"]) == 0
+    monkeypatch.setenv("VMBUILD_CA", "off")
+    assert program.run(["attach"]) == 0
+    assert trusted == [authority.read_text(), ""]
 
 
 def test_a_foreign_place_is_mapped_unless_there_is_none() -> None:

@@ -116,10 +116,11 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
 @as_json
 def attach(positional: str | None, build_id: str | None, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
     """Show a build that runs in the machine, whatever became of its command, and finish it as that would have."""
-    from vmbuild import carry, follow, ui
+    from vmbuild import carry, follow, passing, ui
 
     begun = time.monotonic()
     found = read_settings(flags, positional)
+    passing.trust_here(found.as_request())
     reporter = ui.TerminalReporter()
     arguments = (found["name"], build_id, found.home(), reporter)
     limits = _limits(found, found["name"], suspend_to, begun)

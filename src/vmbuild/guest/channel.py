@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from vmbuild.errors import GuestError
-from vmbuild.guest.session import Feed, Session
+from vmbuild.guest.session import Feed, Session, Sink
 from vmbuild.lock import attempt
-from vmbuild.model import KIB, MIB
+from vmbuild.model import MIB
 from vmbuild.report import Meter, Reporter
 
 BLOCK = 512
@@ -30,8 +30,10 @@ STALE = 10
 PIECE_BYTES = MIB
 """Where a blob may begin in the outbox: the guest writes past its page cache, in pieces of this size."""
 
-RECORD_BYTES = 128 * KIB
-TELL_EVERY = 40
+RECORD_BYTES = MIB
+"""How much tar reads at once: the guest itself reads no further ahead than 128 KiB, and so tar is a third slower."""
+
+TELL_EVERY = 5
 """After so many records of that size tar tells how far it is."""
 
 FIND = """
@@ -43,15 +45,29 @@ drive() {
 }
 """
 
-# tar reads the drive itself: under emulation a pipe moves 15 MB/s. A drive that nobody has open has no pages in the
-# guest's cache, so what is read is what the host wrote last; the stamp behind the archive proves it.
-UNPACK = (
+# A drive that nobody has open has no pages in the guest's cache, so what is read is what the host wrote last; the stamp
+# behind it proves that.
+OPEN = (
     FIND
-    + f"""
+    + """
 inbox=$(drive inbox) || exit 9
-[ "$(dd if="$inbox" bs=512 skip="$3" count=1 2>/dev/null | head -n 1)" = "$4" ] || exit 10
+[ "$(dd if="$inbox" bs=512 skip="$1" count=1 2>/dev/null | head -n 1)" = "$2" ] || exit 10
+"""
+)
+
+# tar reads the drive itself: under emulation a pipe moves 15 MB/s.
+UNPACK = (
+    OPEN
+    + f"""
 exec /usr/bin/tar -x -b {RECORD_BYTES // 512} --warning=none --checkpoint={TELL_EVERY} \
-    --checkpoint-action=echo=%u -f "$inbox" -C "$1" "$2"
+    --checkpoint-action=echo=%u -f "$inbox" -C "$3" "$4"
+"""
+)
+TAKE = (
+    OPEN
+    + f"""
+dd if="$inbox" of="$3" bs={PIECE_BYTES} count=$((($4 + {PIECE_BYTES - 1}) / {PIECE_BYTES})) status=none || exit
+exec truncate -s "$4" "$3"
 """
 )
 
@@ -96,35 +112,47 @@ def send_tar(
     None when this way is closed: another build uses it, the machine has no such drives, or the host no room.
     Raises UnpackError when the guest cannot unpack it.
     """
-    with attempt(channel.lock) as is_ours:
-        if not is_ours or not channel.inbox.exists():
+    with borrow_inbox(channel) as inbox:
+        if inbox is None:
             return None
         try:
             with report.meter("context", None) as meter:
-                size, stamp = _fill(channel.inbox, write_tar, meter)
-            with report.meter("unpack", size) as meter:
-                done = _unpack(session, folder, option, size, stamp, meter)
-        except _NoRoom:
+                write_tar(Counted(inbox, meter))
+            sealed = inbox.seal()
+        except NoRoom:
             return None
+        return sealed.size if unpack(session, sealed, folder, option, report) else None
+
+
+@contextmanager
+def borrow_inbox(channel: Channel) -> Iterator[Inbox | None]:
+    """Yield the inbox to write to, emptied afterwards; None when another uses it or there is none."""
+    with attempt(channel.lock) as is_ours:
+        if not is_ours or not channel.inbox.exists():
+            yield None
+            return
+        try:
+            with channel.inbox.open("r+b", buffering=0) as file:
+                yield Inbox(file)
         finally:
             _empty(channel.inbox)
-        return size if done else None
 
 
-def _fill(inbox: Path, write_tar: Feed, meter: Meter) -> tuple[int, str]:
-    """Write a tar stream to the inbox, and a stamp behind it; return its bytes and the stamp."""
-    stamp = secrets.token_hex(16)
-    with inbox.open("r+b", buffering=0) as file:
-        sink = _Box(file, meter)
-        write_tar(sink)
-        size = sink.size
-        sink.write(bytes(-size % BLOCK) + f"{stamp}\n".encode().ljust(BLOCK, b"\0"))
-    return size, stamp
+def take_file(session: Session, sealed: Sealed, path: str) -> bool:
+    """Have the guest write what lies in its inbox to a file; tell whether it found it there. Raises UnpackError."""
+    errors = bytearray()
+    argv = ["sh", "-c", TAKE, "take", *sealed.words, path, str(sealed.size)]
+    return _has_found(session.run(argv, on_stderr=errors.extend), errors.decode(errors="replace"))
 
 
-def _unpack(session: Session, folder: str, option: str, size: int, stamp: str, meter: Meter) -> bool:
-    """Have the guest unpack what lies in its inbox; tell whether it found it there. Raises GuestError."""
-    errors, told = _Lines(), 0
+def unpack(session: Session, sealed: Sealed, folder: str, option: str, report: Reporter) -> bool:
+    """Have the guest unpack what lies in its inbox; tell whether it found it there. Raises UnpackError."""
+    with report.meter("unpack", sealed.size) as meter:
+        return _unpack(session, sealed, folder, option, meter)
+
+
+def _unpack(session: Session, sealed: Sealed, folder: str, option: str, meter: Meter) -> bool:
+    errors, size, told = _Lines(), sealed.size, 0
 
     def listen(data: bytes) -> None:
         nonlocal told
@@ -136,13 +164,19 @@ def _unpack(session: Session, folder: str, option: str, size: int, stamp: str, m
             else:
                 errors.kept.append(line)
 
-    argv = ["sh", "-c", UNPACK, "unpack", folder, option, str(-(-size // BLOCK)), stamp]
+    argv = ["sh", "-c", UNPACK, "unpack", *sealed.words, folder, option]
     code = session.run(argv, on_stderr=listen)
+    if not _has_found(code, "\n".join(errors.kept)):
+        return False
+    meter.advance(size - told)
+    return True
+
+
+def _has_found(code: int, errors: str) -> bool:
     if code in (NO_DRIVE, STALE):
         return False
-    if code != 0 or errors.kept:
-        raise UnpackError("what was sent could not be unpacked in the guest", details="\n".join(errors.kept))
-    meter.advance(size - told)
+    if code != 0 or errors:
+        raise UnpackError("what was sent could not be unpacked in the guest", details=errors)
     return True
 
 
@@ -194,7 +228,7 @@ def _pieces(box: IO[bytes], at: int, size: int) -> Iterator[bytes]:
     while size > 0:
         data = box.read(min(CHUNK_BYTES, size))
         if not data:
-            raise GuestError("the guest's outbox became shorter while it was read")
+            raise GuestError("the drive became shorter while it was read")
         size -= len(data)
         yield data
 
@@ -222,33 +256,70 @@ def _empty(box: Path) -> None:
 
 
 class UnpackError(GuestError):
-    """tar in the guest failed; the details have its words."""
+    """The guest could not take what lies in its inbox; the details have its words."""
 
 
-class _NoRoom(Exception):
+class NoRoom(Exception):
     """The host's disk, or the inbox, cannot hold what is to be sent."""
 
 
-class _Box:
-    """A sink that writes to the inbox, and counts."""
+@dataclass(frozen=True)
+class Sealed:
+    """What lies in the inbox: so many bytes, and a stamp in the block behind them."""
 
-    def __init__(self, file: io.FileIO, meter: Meter) -> None:
-        self.size = 0
+    size: int
+    stamp: str
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The block of the stamp, and the stamp, as OPEN asks for them."""
+        return str(-(-self.size // BLOCK)), self.stamp
+
+
+class Inbox:
+    """A sink that writes to the inbox. What it has taken can be read again."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._size = 0
         self._file = file
-        self._meter = meter
         self._room = os.fstat(file.fileno()).st_size - 2 * BLOCK
 
     def write(self, data: bytes, /) -> None:
-        if self.size + len(data) > self._room:
-            raise _NoRoom
-        self.size += len(data)
-        self._meter.advance(len(data))
+        """Take all of the bytes, or none. Raises NoRoom."""
+        if self._size + len(data) > self._room:
+            raise NoRoom
         left = memoryview(data)
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise _NoRoom from error
+            raise NoRoom from error
+        self._size += len(data)
+
+    def seal(self) -> Sealed:
+        """Write a stamp behind what was taken. Raises NoRoom."""
+        sealed = Sealed(self._size, secrets.token_hex(16))
+        self.write(bytes(-self._size % BLOCK) + f"{sealed.stamp}\n".encode().ljust(BLOCK, b"\0"))
+        self._size = sealed.size
+        return sealed
+
+    def read_again(self) -> Iterator[bytes]:
+        """Yield what was taken, from the beginning."""
+        return _pieces(self._file, 0, self._size)
+
+
+class Counted:
+    """A sink before another one, which counts what goes through it, and moves a meter."""
+
+    def __init__(self, sink: Sink, meter: Meter) -> None:
+        self.total = 0
+        self._sink, self._meter = sink, meter
+
+    def write(self, data: bytes, /) -> None:
+        """Pass on the bytes."""
+        self._sink.write(data)
+        self.total += len(data)
+        self._meter.advance(len(data))
 
 
 class _Lines:

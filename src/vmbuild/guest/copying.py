@@ -18,7 +18,7 @@ from vmbuild.guest import channel, transfer
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.context import add_file, open_tar
 from vmbuild.guest.extract import Stream
-from vmbuild.guest.session import CHUNK_BYTES, Feed, Session, Sink, capture
+from vmbuild.guest.session import Session, Sink, capture
 from vmbuild.report import Meter, Reporter
 
 WINDOW_BYTES = 8 * 1024 * 1024
@@ -39,17 +39,19 @@ if [ -d "$path" ]; then cd "$path" && name=.
 else cd "$(dirname "$path")" && name=./$(basename "$path")
 fi || exit 8
 """
-PACK = f"LC_ALL=C {transfer.TAR} -c --format=gnu --numeric-owner --warning=no-file-changed"
-
-# A block device has no end: tar tells how much it wrote, in records that are always full.
+# tar tells how much it wrote, in records that are always full: a block device has no end, and a pipe may end early.
+# Whichever way a tree goes, it is packed alike: a layer that is made of it has one digest.
+PACK = f"LC_ALL=C {transfer.TAR} -c --format=gnu --numeric-owner --sort=name --warning=no-file-changed --totals -b 2048"
 PACK_TO_DRIVE = (
     channel.FIND
     + "outbox=$(drive outbox) || exit 9\n"
     + ENTER
-    + f'{PACK} --totals -b 2048 -f "$outbox" -- "$name"; code=$?\n'
+    + f'{PACK} -f "$outbox" -- "$name"; code=$?\n'
     + 'dd if=/dev/null of="$outbox" conv=notrunc,fsync 2>/dev/null && exit $code'
 )
 PACK_TO_PIPE = ENTER + f'{PACK} -f - -- "$name" | zstd -q -1 -c'
+
+OTHER_LENGTH = "what came out of the guest is not as long as the guest says"
 
 _TOTAL = re.compile(rb"Total bytes written: (\d+)")
 
@@ -97,7 +99,8 @@ def send_path(session: Session, channel_: Channel, source: Path, target: Target,
             for name, path in _walk(source, target.name):
                 add_file(tar, name, path)
 
-    _unpack(session, target.folder, write_tar, channel_, report)
+    with _naming_a_copy():
+        transfer.unpack_context(session, target.folder, write_tar, channel_, report)
 
 
 def _walk(source: Path, name: str) -> Iterator[tuple[str, Path]]:
@@ -121,17 +124,14 @@ def _refuse(error: OSError) -> None:
 
 def send_stream(session: Session, channel_: Channel, stdin: BinaryIO, folder: str, report: Reporter) -> None:
     """Unpack a tar stream of the host in a folder of the guest. Raises GuestError."""
-
-    def write_tar(sink: Sink) -> None:
-        while data := stdin.read(CHUNK_BYTES):
-            sink.write(data)
-
-    _unpack(session, folder, write_tar, channel_, report)
+    with _naming_a_copy():
+        transfer.unpack_stdin(session, folder, stdin, channel_, report)
 
 
-def _unpack(session: Session, folder: str, write_tar: Feed, channel_: Channel, report: Reporter) -> None:
+@contextmanager
+def _naming_a_copy() -> Iterator[None]:
     try:
-        transfer.unpack_context(session, folder, write_tar, channel_, report)
+        yield
     except transfer.DiskFullError:
         raise
     except GuestError as error:
@@ -152,9 +152,9 @@ def packed(session: Session, channel_: Channel, path: str, report: Reporter) -> 
             return
     with tempfile.TemporaryFile() as kept:
         with report.meter("copy", None) as meter:
-            _pack_to_file(session, path, kept, meter)
+            size = _pack_to_file(session, path, kept, meter)
         kept.seek(0)
-        yield _Plain(kept)
+        yield _Plain(kept, size)
 
 
 def _pack_to_drive(session: Session, path: str) -> int | None:
@@ -163,14 +163,11 @@ def _pack_to_drive(session: Session, path: str) -> int | None:
     code = session.run(["sh", "-c", PACK_TO_DRIVE, "pack", _no_option(path)], on_stderr=words.extend)
     if code == channel.NO_DRIVE:
         return None
-    _check(code, path, words)
-    found = _TOTAL.search(words)
-    if found is None:
-        raise GuestError(f"the guest does not say how large {path} is", details=words.decode(errors="replace"))
-    return int(found[1])
+    return _check(code, path, words)
 
 
-def _pack_to_file(session: Session, path: str, file: IO[bytes], meter: Meter) -> None:
+def _pack_to_file(session: Session, path: str, file: IO[bytes], meter: Meter) -> int:
+    """Write a path, packed and compressed, to a file; return the bytes that it has when it is not compressed."""
     words = bytearray()
 
     def take(data: bytes) -> None:
@@ -178,28 +175,38 @@ def _pack_to_file(session: Session, path: str, file: IO[bytes], meter: Meter) ->
         meter.advance(len(data))
 
     code = session.run(["sh", "-c", PACK_TO_PIPE, "pack", _no_option(path)], on_stdout=take, on_stderr=words.extend)
-    _check(2 if b"Exiting with failure" in words else code, path, words)  # the code is the last one's of the pipe
+    return _check(2 if b"Exiting with failure" in words else code, path, words)  # the code is the pipe's last one's
 
 
-def _check(code: int, path: str, words: bytearray) -> None:
+def _check(code: int, path: str, words: bytearray) -> int:
+    """Return the bytes that tar has written. Raises UsageError, GuestError."""
     details = words.decode(errors="replace")
     if code == 8:
         raise UsageError(f"there is no {path} in the guest", details=details)
     if code not in (0, 1):  # 1: a file changed while it was read (tar(1))
         raise GuestError(f"the guest could not pack {path}", details=details)
+    found = _TOTAL.search(words)
+    if found is None:
+        raise GuestError(f"the guest does not say how large {path} is", details=details)
+    return int(found[1])
 
 
 class _Plain:
     """The content of a compressed file, for who reads to the end."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], size: int) -> None:
         self._reader = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES).stream_reader(file)
+        self._left = size
 
     def read(self, size: int, /) -> bytes:
         try:
-            return self._reader.read(size)
+            data = self._reader.read(size)
         except zstandard.ZstdError as error:
             raise GuestError("what came out of the guest is damaged", details=str(error)) from error
+        self._left -= len(data)
+        if self._left < 0 or (self._left and size and not data):
+            raise GuestError(OTHER_LENGTH)
+        return data
 
 
 class _Part:
@@ -210,6 +217,8 @@ class _Part:
 
     def read(self, size: int, /) -> bytes:
         data = self._file.read(min(size, self._left))
+        if self._left and size and not data:
+            raise GuestError(OTHER_LENGTH)
         self._left -= len(data)
         self._meter.advance(len(data))
         return data

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from vmbuild.deadline import Deadline
 from vmbuild.errors import BuildError, GuestError, VmbuildError
 from vmbuild.guest import job, secrets
-from vmbuild.guest.session import Output, Session, capture, send
-from vmbuild.guest.transfer import TAR, disk_full
+from vmbuild.guest.session import Output, Session, capture
+from vmbuild.guest.transfer import disk_full
 from vmbuild.model import BuildRequest
 from vmbuild.outputs import Kind
 from vmbuild.report import Meter
@@ -25,7 +25,9 @@ BUILDX_CONFIG = "/var/lib/vmbuild/buildx"
 (buildx, build/opt.go, tryNodeIdentifier)."""
 
 WORK = "/var/lib/vmbuild/work"
-SECRETS = "/run/vmbuild/secrets"
+CLIENT_CONFIG = "config.json"
+"""Docker's configuration, as its clients look for it in a folder."""
+
 TAIL_BYTES = 64 * 1024
 
 KILLED = 255
@@ -62,11 +64,6 @@ class Workspace:
         return f"{self.folder}/base.tar"
 
     @property
-    def secrets(self) -> str:
-        """Where a build's secrets lie, in the guest's memory."""
-        return f"{SECRETS}/{self.folder.rpartition('/')[2]}"
-
-    @property
     def metadata(self) -> str:
         """Where BuildKit's metadata is written."""
         return f"{self.folder}/metadata.json"
@@ -81,7 +78,7 @@ def make_workspace(session: Session) -> Workspace:
 def remove_workspace(session: Session, work: Workspace) -> None:
     """Remove a workspace, ending first what runs in it. Raises GuestError when the guest cannot be asked."""
     job.stop(session, work.folder)
-    session.run(["rm", "-rf", work.folder, work.secrets], deadline=Deadline.after(60))
+    session.run(["rm", "-rf", work.folder], deadline=Deadline.after(60))
 
 
 @contextmanager
@@ -120,14 +117,6 @@ def build_argv(
     return [*argv, *given, context]
 
 
-def write_client_config(session: Session, work: Workspace, content: str) -> str:
-    """Write a `config.json` for a build's client where only memory keeps it; return its folder. Raises GuestError."""
-    folder = f"{work.secrets}/docker"
-    script = 'umask 077; mkdir -p "$1" && cat >"$1/config.json"'
-    capture(session, ["sh", "-c", script, "secret", folder], feed=send(content.encode()))
-    return folder
-
-
 def start_build(
     session: Session,
     work: Workspace,
@@ -140,10 +129,13 @@ def start_build(
 ) -> None:
     """Start a build, whose standard input is a file in the guest; it goes on without us. Raises GuestError.
 
-    `client` is the folder of its client's `config.json`; `held` are files, by their names, that the guest keeps in
-    memory and wipes when the build ends.
+    `held` are files, by their names, that the guest keeps in memory and wipes when the build ends; `client` is one
+    more, the content of its client's configuration.
     """
-    own = [f"DOCKER_CONFIG={client}"] if client is not None else []
+    own = []
+    if client is not None:
+        held = {**(held or {}), CLIENT_CONFIG: client.encode()}
+        own = [f"DOCKER_CONFIG={secrets.folder_of(work.folder)}"]
     argv = ["env", f"BUILDX_CONFIG={BUILDX_CONFIG}", *own, *argv]
     if stdin is not None:
         argv = ["sh", "-c", 'exec "$@" <"$0"', stdin, *argv]
@@ -251,11 +243,3 @@ def configure_tree(session: Session, work: Workspace, meter: Meter) -> None:
         raise GuestError(
             f"configuring the packages failed with exit code {code}", details=tail.decode(errors="replace")
         )
-
-
-def pack_tree(session: Session, work: Workspace, write: Output) -> None:
-    """Pass on a root tree as a zstd-compressed tar. Raises GuestError."""
-    errors = bytearray()
-    argv = ["sh", "-c", f'{TAR} -c --numeric-owner --sort=name -C "$1" . | zstd -q -2 -T0', "pack", work.context]
-    if session.run(argv, on_stdout=write, on_stderr=errors.extend) != 0 or errors:
-        raise GuestError("the tree could not be packed in the guest", details=errors.decode(errors="replace"))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import IO, cast
 
 import zstandard
 
 from vmbuild.errors import GuestError
-from vmbuild.guest.channel import Channel, UnpackError, send_tar
+from vmbuild.guest.channel import (
+    Channel,
+    Counted,
+    Inbox,
+    NoRoom,
+    Sealed,
+    UnpackError,
+    borrow_inbox,
+    send_tar,
+    take_file,
+    unpack,
+)
 from vmbuild.guest.session import CHUNK_BYTES, Feed, Session, Sink
-from vmbuild.report import Meter, Reporter, SilentReporter
+from vmbuild.report import Reporter, SilentReporter
 
 TAR = "/usr/bin/tar"
 """GNU tar; the guest's shell would take busybox's for a plain `tar`."""
@@ -36,13 +49,25 @@ def _unpack(session: Session, folder: str, write_tar: Feed, option: str, channel
         raise _unpack_failed(error.details) from error
     if sent is not None:
         return sent
+    return _counting(write_tar, partial(_unpack_over_ssh, session, folder, option), report)
+
+
+def _counting(feed: Feed, send: Callable[[Feed], None], report: Reporter) -> int:
+    """Send a feed, and return its bytes."""
+    total = 0
+
+    def counted(sink: Sink) -> None:
+        nonlocal total
+        counting = Counted(sink, meter)
+        feed(counting)
+        total = counting.total
+
     with report.meter("context", None) as meter:
-        counter = _Counter(meter)
-        _unpack_over_ssh(session, folder, lambda sink: write_tar(counter.through(sink)), option)
-        return counter.total
+        send(counted)
+    return total
 
 
-def _unpack_over_ssh(session: Session, folder: str, write_tar: Feed, option: str) -> None:
+def _unpack_over_ssh(session: Session, folder: str, option: str, write_tar: Feed) -> None:
     """Send a tar stream compressed: user-mode networking is slower than an emulated zstd (docs/design.md)."""
     errors = bytearray()
     # Without warnings, about a time in the future say, whatever is said tells that one of the two failed.
@@ -56,25 +81,6 @@ def _unpack_over_ssh(session: Session, folder: str, write_tar: Feed, option: str
         raise _unpack_failed(errors.decode(errors="replace"))
 
 
-class _Counter:
-    """Counts what goes through it, and moves a meter."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.total = 0
-        self._meter = meter
-        self._sink: Sink | None = None
-
-    def through(self, sink: Sink) -> Sink:
-        self._sink = sink
-        return self
-
-    def write(self, data: bytes, /) -> None:
-        assert self._sink is not None  # noqa: S101 - `through` was called
-        self._sink.write(data)
-        self.total += len(data)
-        self._meter.advance(len(data))
-
-
 def write_file(session: Session, path: str, feed: Feed) -> None:
     """Write a file in the guest. Raises GuestError when the guest cannot."""
     errors = bytearray()
@@ -82,21 +88,70 @@ def write_file(session: Session, path: str, feed: Feed) -> None:
         raise _unpack_failed(errors.decode(errors="replace"))
 
 
-def write_stdin(session: Session, path: str, stdin: IO[bytes]) -> int:
+def write_stdin(session: Session, path: str, stdin: IO[bytes], channel: Channel, report: Reporter) -> int:
     """Write the host's standard input to a file in the guest; return its bytes. Raises GuestError.
 
     A build that had it as its own input could have no terminal, and would not end before its input does.
     """
-    sent = 0
+    once = _Once(stdin)
+    if once.is_short():  # a Dockerfile, say: what the guest starts to look into its drive would take longer
+        return _counting(once.feed, partial(write_file, session, path), report)
+    take = partial(take_file, session, path=path)
+    return _send_once(once, take, partial(write_file, session, path), channel, report)
 
-    def feed(sink: Sink) -> None:
-        nonlocal sent
-        while data := stdin.read(CHUNK_BYTES):
+
+def unpack_stdin(session: Session, folder: str, stdin: IO[bytes], channel: Channel, report: Reporter) -> int:
+    """Unpack the host's standard input, a tar, as root's files; return its bytes. Raises GuestError."""
+    option = "--no-same-owner"
+    take = partial(unpack, session, folder=folder, option=option, report=report)
+    return _send_once(_Once(stdin), take, partial(_unpack_over_ssh, session, folder, option), channel, report)
+
+
+def _send_once(
+    once: _Once, take: Callable[[Sealed], bool], over_ssh: Callable[[Feed], None], channel: Channel, report: Reporter
+) -> int:
+    with borrow_inbox(channel) as inbox:
+        try:
+            if inbox is not None and (sealed := once.fill(inbox, report)) is not None and take(sealed):
+                return sealed.size
+        except UnpackError as error:
+            raise _unpack_failed(error.details) from error
+        return _counting(once.feed, over_ssh, report)
+
+
+class _Once:
+    """A stream that can be read only once, as a feed that can be asked twice: the inbox keeps what it has taken."""
+
+    def __init__(self, stdin: IO[bytes]) -> None:
+        self._stdin = stdin
+        self._left = b""
+        self._inbox: Inbox | None = None
+
+    def is_short(self) -> bool:
+        """Tell whether less than a chunk comes in all."""
+        while len(self._left) < CHUNK_BYTES and (data := self._stdin.read(CHUNK_BYTES - len(self._left))):
+            self._left += data
+        return len(self._left) < CHUNK_BYTES
+
+    def fill(self, inbox: Inbox, report: Reporter) -> Sealed | None:
+        """Write all of it to the inbox; None where that has no room for it."""
+        try:
+            with report.meter("context", None) as meter:
+                self.feed(Counted(inbox, meter))
+            return inbox.seal()
+        except NoRoom:
+            return None
+        finally:
+            self._inbox = inbox
+
+    def feed(self, sink: Sink) -> None:
+        """Write all of it."""
+        for data in self._inbox.read_again() if self._inbox is not None else ():
             sink.write(data)
-            sent += len(data)
-
-    write_file(session, path, feed)
-    return sent
+        while data := self._left or self._stdin.read(CHUNK_BYTES):
+            self._left = data  # until somebody has it
+            sink.write(data)
+            self._left = b""
 
 
 def _unpack_failed(details: str) -> GuestError:

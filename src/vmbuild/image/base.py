@@ -10,16 +10,13 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-import zstandard
 from debian.deb822 import Deb822
 
 from vmbuild.address import seen_from_guest, without_credentials
-from vmbuild.errors import GuestImageError
 from vmbuild.image import rootfs
 from vmbuild.image.catalog import BaseSpec
 from vmbuild.image.debian import open_indexes
@@ -189,35 +186,18 @@ def write_plan(plan: BasePlan, out: Writable, report: Reporter) -> None:
     write_base(plan.spec, plan.packages, plan.downloads, plan.sources, out, report)
 
 
-@contextmanager
-def layer_writer(plan: BasePlan) -> Iterator[Callable[[bytes], None]]:
-    """Yield what takes the configured tree as a zstd-compressed tar; keeps it as the plan's layer when all went well.
+def keep_layer(plan: BasePlan, read: Callable[[int], bytes]) -> None:
+    """Keep a configured tree, whose tar is read piece by piece, as the plan's layer when all went well.
 
     The layer's file time is fixed, so that the same tree gives the same digest.
     """
     with (
         open_whole(plan.layer) as file,
-        _complete_stream() as unpack,
         gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed,
     ):
-
-        def write(data: bytes) -> None:
-            packed.write(unpack.decompress(data))
-
-        yield write
+        while data := read(CHUNK_BYTES):
+            packed.write(data)
     write_whole(digest_file(plan.layer), hash_file(plan.layer).encode())
-
-
-@contextmanager
-def _complete_stream() -> Iterator[zstandard.ZstdDecompressionObj]:
-    """Yield a decompressor. Raises GuestImageError when what it was given is no zstd stream, or half of one."""
-    unpack = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        yield unpack
-    except zstandard.ZstdError as error:
-        raise GuestImageError("the base image came out of the guest damaged", details=str(error)) from error
-    if not unpack.eof:
-        raise GuestImageError("the base image came out of the guest incomplete")
 
 
 def is_kept(plan: BasePlan) -> bool:

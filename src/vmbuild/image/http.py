@@ -16,6 +16,7 @@ from requests import exceptions as failures
 
 from vmbuild.address import is_protected
 from vmbuild.errors import GuestImageError, HostError
+from vmbuild.trust import trusted_too
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
@@ -53,21 +54,13 @@ class Stopped(Exception):
     """Another worker failed or the user interrupted."""
 
 
-_trusted_too: list[str] = []
-
-
-def trust_also(pem: str) -> None:
-    """Let every session from now on trust these authorities beside those that it trusts anyway; empty for none."""
-    _trusted_too[:] = [pem] if pem else []
-
-
 def public_bundle() -> Path:
     """Return the file of the public authorities that a session trusts when the environment names none."""
     return Path(requests.utils.DEFAULT_CA_BUNDLE_PATH)
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """Trusts what `trust_also` was given; the bundle of the environment, or the public one, is added to it."""
+    """Trusts what is `trusted_too`; the bundle of the environment, or the public one, is added to it."""
 
     def init_poolmanager(self, connections: int, maxsize: int, block: bool = False, **options: Any) -> None:
         super().init_poolmanager(connections, maxsize, block, **options, **_tls_options())
@@ -77,10 +70,10 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 def _tls_options() -> dict[str, ssl.SSLContext]:
-    if not _trusted_too:
+    if not (pem := trusted_too()):
         return {}
     context = urllib3.util.ssl_.create_urllib3_context()
-    context.load_verify_locations(cadata=_trusted_too[0])
+    context.load_verify_locations(cadata=pem)
     return {"ssl_context": context}
 
 

@@ -22,6 +22,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from vmbuild.deadline import Deadline
 from vmbuild.errors import DeliveryError
 from vmbuild.registry.logins import DOCKER_HUB, Login
+from vmbuild.trust import trusted_too
 
 CERTIFICATES = Path("/etc/docker/certs.d")
 """Where Docker keeps certificates of its registries. Source: docker/cli, docs: "Verify repository client"."""
@@ -232,9 +233,11 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
 
 def _tls(registry: str, *, loose: bool) -> ssl.SSLContext:
-    """Return what TLS goes by: the host's certificates, those of requests, and those that Docker has of a registry."""
+    """Return what TLS goes by: certificates of the host, of requests, of the settings, and Docker's of a registry."""
     context = ssl.create_default_context()
     context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
+    if pem := trusted_too():
+        context.load_verify_locations(cadata=pem)
     for path in sorted((CERTIFICATES / registry).glob("*.crt")):
         context.load_verify_locations(path)
     if loose:

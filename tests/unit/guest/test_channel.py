@@ -181,6 +181,6 @@ def test_a_guest_that_says_too_little_is_an_error(drives: Channel) -> None:
 
 
 def test_the_exit_codes_are_those_of_the_scripts() -> None:
-    assert f"|| exit {channel.NO_DRIVE}" in channel.UNPACK
+    assert f"|| exit {channel.NO_DRIVE}" in channel.OPEN
     assert f"|| exit {channel.NO_DRIVE}" in channel.WRITE
-    assert f"|| exit {channel.STALE}" in channel.UNPACK
+    assert f"|| exit {channel.STALE}" in channel.OPEN

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import io
-import tarfile
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-import zstandard
 
-from tests.unit.guest.drives import needs_tools
-from tests.unit.guest.fakes import CountingMeter, FakeSession, HostSession, Reply
+from tests.unit.guest.fakes import CountingMeter, FakeSession, Reply
 from vmbuild.errors import BuildError, GuestError
 from vmbuild.guest import job
 from vmbuild.guest.docker import (
@@ -21,7 +16,6 @@ from vmbuild.guest.docker import (
     configure_tree,
     explain_failure,
     image_id,
-    pack_tree,
     start_build,
     workspace,
 )
@@ -312,7 +306,7 @@ def test_a_workspace_is_removed_on_every_way_out(error: BaseException | None) ->
         if error is not None:
             raise error
     (removed,) = session.ran("rm")
-    assert removed.argv == ("rm", "-rf", "/var/lib/vmbuild/work/abc", "/run/vmbuild/secrets/abc")
+    assert removed.argv == ("rm", "-rf", "/var/lib/vmbuild/work/abc")
     assert removed.deadline.at is not None
 
 
@@ -338,24 +332,6 @@ def test_configuring_counts_packages_and_shows_the_last_words_of_a_failure() -> 
     with pytest.raises(GuestError, match="exit code 5") as caught:
         configure_tree(FakeSession(((), Reply(5, stdout=said, stderr=b"dpkg: error"))), WORK, meter)
     assert "dpkg: error" in caught.value.details
-
-
-@needs_tools
-def test_a_tree_comes_back_as_it_is(tmp_path: Path) -> None:
-    work = Workspace(str(tmp_path))
-    Path(work.context).mkdir()
-    (Path(work.context) / "file").write_bytes(b"x")
-    packed = bytearray()
-    pack_tree(HostSession(), work, packed.extend)
-    plain = zstandard.ZstdDecompressor().decompressobj().decompress(bytes(packed))
-    with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
-        assert tar.getnames() == [".", "./file"]
-
-
-def test_a_tree_that_cannot_be_packed_is_an_error() -> None:
-    with pytest.raises(GuestError) as caught:
-        pack_tree(FakeSession((("sh",), Reply(0, b"half", b"tar: x: Cannot open"))), WORK, bytearray().extend)
-    assert "Cannot open" in caught.value.details
 
 
 def test_what_was_said_long_before_the_end_is_forgotten() -> None:

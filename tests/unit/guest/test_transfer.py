@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import tarfile
 from pathlib import Path
+from typing import IO, Any, cast
 
 import pytest
 
@@ -15,8 +17,8 @@ from vmbuild.errors import GuestError
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.context import open_context
 from vmbuild.guest.docker import Workspace
-from vmbuild.guest.session import send
-from vmbuild.guest.transfer import unpack_context, unpack_tree, write_file
+from vmbuild.guest.session import CHUNK_BYTES, send
+from vmbuild.guest.transfer import unpack_context, unpack_stdin, unpack_tree, write_file, write_stdin
 from vmbuild.model import MIB
 from vmbuild.report import SilentReporter
 
@@ -101,6 +103,89 @@ def test_a_full_disk_while_unpacking_is_told_with_a_way_out(way: Channel) -> Non
         with pytest.raises(GuestError, match="disk is full") as caught:
             unpack()
         assert "--disk" in caught.value.resolution
+
+
+SIZES = [0, 1, 500, 5000, MIB, 3 * MIB + 7]
+
+
+@pytest.fixture(params=["ssh", "drives", "stale", "no drive", "small", "full"])
+def any_way(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[DriveSession, Channel]:
+    """A guest, and a channel to it that is open, closed, or turns out to be closed when something was read already."""
+    folder = tmp_path / "drives"
+    sizes = {"ssh": 0, "small": 2 * MIB}
+    made = make_channel(folder, sizes.get(request.param, 64 * MIB))
+    if request.param == "stale":
+        make_channel(tmp_path / "stale")
+        return DriveSession(tmp_path / "stale"), made
+    if request.param == "no drive":
+        return DriveSession(tmp_path / "none"), made
+    if request.param == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("needs a device that is always full")
+        made = Channel(Path("/dev/full"), made.outbox, made.lock)
+    return DriveSession(folder), made
+
+
+class Pipe(io.RawIOBase):
+    """Standard input: it gives less than is asked for, and nothing twice."""
+
+    def __init__(self, data: bytes) -> None:
+        self._rest = memoryview(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), 60_000, len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+@needs_tools
+@pytest.mark.parametrize("size", SIZES)
+def test_standard_input_arrives_whole_whichever_way(
+    any_way: tuple[DriveSession, Channel], size: int, tmp_path: Path
+) -> None:
+    session, channel = any_way
+    data, report, path = os.urandom(size), Listener(), tmp_path / "a 'file"
+    path.write_bytes(b"what was there before" * 1000)
+    assert write_stdin(session, str(path), cast(IO[bytes], Pipe(data)), channel, report) == size
+    assert path.read_bytes() == data
+    assert report.advanced >= size
+
+
+@needs_tools
+def test_a_tar_on_standard_input_arrives_whole_whichever_way(
+    any_way: tuple[DriveSession, Channel], tmp_path: Path
+) -> None:
+    session, channel = any_way
+    data, out = os.urandom(3 * MIB + 7), io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("file")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "there").mkdir()
+    tar_bytes = out.getvalue()
+    sent = unpack_stdin(session, str(tmp_path / "there"), cast(IO[bytes], Pipe(tar_bytes)), channel, Listener())
+    assert sent == len(tar_bytes)
+    assert (tmp_path / "there" / "file").read_bytes() == data
+
+
+def test_large_standard_input_takes_the_drive_and_small_does_not(tmp_path: Path) -> None:
+    session, channel = DriveSession(tmp_path / "drives"), make_channel(tmp_path / "drives")
+    for size, words in ((CHUNK_BYTES - 1, "write"), (CHUNK_BYTES, "take")):
+        write_stdin(session, str(tmp_path / "file"), io.BytesIO(bytes(size)), channel, SilentReporter())
+        assert session.calls[-1].argv[3] == words
+        assert (session.calls[-1].stdin == b"") is (words == "take")
+    assert channel.inbox.stat().st_blocks == 0
+
+
+def test_standard_input_for_which_the_guest_has_no_room(tmp_path: Path) -> None:
+    channel, stdin = make_channel(tmp_path / "drives"), io.BytesIO(bytes(MIB))
+    session = FakeSession((("sh",), Reply(1, stderr=b"dd: error writing '/w/stdin': No space left on device\n")))
+    with pytest.raises(GuestError, match="disk is full"):
+        write_stdin(session, "/w/stdin", stdin, channel, SilentReporter())
+    assert len(session.calls) == 1
 
 
 def test_a_file_is_written_under_any_name(tmp_path: Path) -> None:

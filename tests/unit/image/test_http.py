@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine.registry import make_authority
-from vmbuild.image.http import Session, Unreachable, open_url, public_bundle, trust_also
+from vmbuild.image.http import Session, Unreachable, open_url, public_bundle
+from vmbuild.trust import trust_also
 
 
 class Hello(http.server.BaseHTTPRequestHandler):

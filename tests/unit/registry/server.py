@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,8 +41,13 @@ class FakeRegistry:
         return f"127.0.0.1:{self.port}"
 
     @contextmanager
-    def serving(self) -> Iterator[FakeRegistry]:
+    def serving(self, certificate: Path | None = None) -> Iterator[FakeRegistry]:
+        """Serve over plain HTTP, or TLS with a certificate whose key lies beside it."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Handler(self, *args))
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         self.port = server.server_address[1]
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine.registry import make_authority
 from tests.unit.guest.fakes import CountingMeter
 from tests.unit.registry.server import FakeRegistry
 from vmbuild.errors import DeliveryError
@@ -16,6 +17,7 @@ from vmbuild.registry import push, transport
 from vmbuild.registry.logins import Login
 from vmbuild.registry.push import Part, Repository, Target
 from vmbuild.registry.transport import Transport, connected, is_loopback
+from vmbuild.trust import trust_also
 
 LOGIN = Login("me", "pw")
 SIZE = 3_000_000
@@ -143,6 +145,39 @@ def test_no_login_goes_to_where_a_registry_sends_its_layers(registry: FakeRegist
         upload(registry, blob, LOGIN)
     assert has(other, blob)
     assert set(other.authorizations) == {""}
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRegistry]:
+    """A registry whose authority is `ca.pem`, on what counts as another host."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(transport, "is_loopback", lambda _: False)
+    make_authority(tmp_path)
+    with FakeRegistry().serving(tmp_path / "server.pem") as made:
+        yield made
+    trust_also("")
+
+
+def test_an_authority_of_the_settings_is_trusted(private: FakeRegistry, tmp_path: Path) -> None:
+    def push() -> None:
+        with connected(private.host, None, insecure=False) as connection:
+            Repository(connection, "a").put_manifest("1", "m", b"{}")
+
+    with pytest.raises(DeliveryError, match="not take") as caught:
+        push()
+    assert "no TLS connection came about" in caught.value.details
+    assert private.asked == []
+    trust_also((tmp_path / "ca.pem").read_text())
+    push()
+    assert private.manifests == {("a", "1"): ("m", b"{}")}
+
+
+def test_another_authority_is_not_enough(private: FakeRegistry, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    trust_also(make_authority(tmp_path / "other").read_text())
+    with connected(private.host, None, insecure=False) as connection, pytest.raises(DeliveryError, match="not take"):
+        Repository(connection, "a").check()
 
 
 def test_netrc_is_not_asked(registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
