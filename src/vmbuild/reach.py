@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError, UsageError
-from vmbuild.guest import ready, seed, ssh
+from vmbuild.guest import ready, seed
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session
 from vmbuild.machine import lifetime
@@ -30,8 +30,15 @@ def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Ses
     )
 
 
+def load_ssh() -> None:
+    """Load what connecting needs, now that there is something else to wait for: it takes as long as all the rest."""
+    from vmbuild.guest import ssh  # noqa: F401
+
+
 def connect(files: MachineFiles, limit: Deadline) -> Session:
     """Return a session in a machine's guest. Raises GuestError or MachineError."""
+    from vmbuild.guest import ssh
+
     return ssh.SshSession.connect(endpoint_of(files), limit, lambda: lifetime.check_running(files))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError
+from vmbuild.guest import clock
 from vmbuild.guest.session import Session, WrongHostKeyError
 from vmbuild.report import Reporter
 
@@ -52,13 +54,14 @@ CHECKS = (
 def wait_ready(
     connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline, report: Reporter
 ) -> Session:
-    """Wait until SSH answers and every check passes; return the session.
+    """Wait until SSH answers, set the clock, wait until every check passes; return the session.
 
     `check_alive` raises when the machine is gone. Raises GuestError with the hint of the check that failed.
     """
     report.step("Waiting for the guest")
     session = connect_when_up(connect, check_alive, deadline)
     try:
+        _succeeds(clock.setting_to(time.time()), session, check_alive, deadline)
         for check in CHECKS:
             _wait_for(check, session, check_alive, deadline)
     except BaseException:
@@ -84,16 +87,16 @@ def connect_when_up(
 
 
 def _wait_for(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> None:
-    while not _passes(check, session, check_alive, deadline):
+    while not _succeeds(["sh", "-c", check.probe], session, check_alive, deadline):
         check_alive()
         if deadline.passed or not check.may_take_time:
             raise GuestError(f"not ready: {check.description}: no", details=_log(session, check), resolution=check.hint)
         deadline.sleep(0.3)
 
 
-def _passes(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
+def _succeeds(argv: Sequence[str], session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
     try:
-        return session.run(["sh", "-c", check.probe], deadline=deadline) == 0
+        return session.run(argv, deadline=deadline) == 0
     except GuestError:
         check_alive()  # a machine that is gone says more than the connection that broke with it
         if deadline.passed:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, MachineError
+from vmbuild.guest import clock
 from vmbuild.guest.ready import CHECKS, wait_ready
 from vmbuild.guest.session import Feed, Output, Session, Tick, WrongHostKeyError
 from vmbuild.report import SilentReporter
@@ -18,6 +20,7 @@ class FakeSession:
     def __init__(self, **codes: list[int]) -> None:
         self.codes = codes
         self.asked: list[str] = []
+        self.clock = 0
         self.closed = False
 
     def run(
@@ -31,6 +34,9 @@ class FakeSession:
         deadline: Deadline = NEVER,
         on_tick: Tick | None = None,
     ) -> int:
+        if argv[2] == clock.SCRIPT:
+            self.clock = int(argv[-1])
+            return 0
         for number, check in enumerate(CHECKS):
             if argv[-1] == check.probe:
                 self.asked.append(check.description)
@@ -60,6 +66,13 @@ def test_every_check_passes_in_order() -> None:
     assert wait(session) is session
     assert list(dict.fromkeys(session.asked)) == [check.description for check in CHECKS]
     assert len(session.asked) == 6
+
+
+def test_the_clock_is_set_first() -> None:
+    session = FakeSession(check1=[1])
+    with pytest.raises(GuestError, match="not ready"):
+        wait(session)
+    assert abs(session.clock - time.time()) < 5
 
 
 def test_what_waiting_does_not_mend_fails_at_once() -> None:
@@ -206,7 +219,7 @@ def test_the_time_limit_is_handed_to_the_connection_and_to_each_probe() -> None:
         return Noting()
 
     wait_ready(connect, alive, limit, SilentReporter())
-    assert seen == [limit] * (1 + len(CHECKS))
+    assert seen == [limit] * (2 + len(CHECKS))
 
 
 def test_ctrl_c_while_waiting_closes_the_session() -> None:
