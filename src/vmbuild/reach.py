@@ -39,7 +39,7 @@ def connect(files: MachineFiles, limit: Deadline) -> Session:
     """Return a session in a machine's guest. Raises GuestError or MachineError."""
     from vmbuild.guest import ssh
 
-    return ssh.SshSession.connect(endpoint_of(files), limit, lambda: lifetime.check_running(files))
+    return ssh.SshSession.connect(lambda: endpoint_of(files), limit, lambda: lifetime.check_running(files))
 
 
 def endpoint_of(files: MachineFiles) -> Endpoint:
