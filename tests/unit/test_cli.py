@@ -332,6 +332,12 @@ def test_a_full_disk_behind_standard_output_is_said(command: str) -> None:
     assert "defect" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["config", "config --json", "list", "images --json", "--help", "completion bash"])
+def test_a_reader_who_has_gone_is_told_nothing_and_the_shell_the_usual(command: str) -> None:
+    done = run_program(f'{{ "$0" {command}; echo $? >&2; }} | true')
+    assert done.stderr == "141\n"
+
+
 def test_a_closed_standard_input_is_an_empty_one() -> None:
     done = run_program('"$0" build ./none <&-')
     assert done.returncode == UsageError.exit_code
