@@ -315,8 +315,9 @@ def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
 def test_a_build_that_may_become_a_bundle_is_told_so(built: Record, home: Path) -> None:
     assert run(["build", "--time-limit", "45m"]) == 0
     assert run(["build", "--time-limit", "45m", "--suspend-to", str(home), "--logins", "off"]) == 0
+    assert run(["build", "--time-limit", "45m", "--suspend-to", str(home), "--with-secrets"]) == 0
     choices = [request.pass_on for request, _ in built]
-    assert [(choice.carried, choice.logins) for choice in choices] == [(False, True), (True, False)]
+    assert [(choice.carried, choice.logins) for choice in choices] == [(False, True), (True, False), (False, True)]
 
 
 def run_program(script: str) -> subprocess.CompletedProcess[str]:
