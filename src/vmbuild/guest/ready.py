@@ -13,8 +13,14 @@ from vmbuild.guest import clock
 from vmbuild.guest.session import Session, WrongHostKeyError
 from vmbuild.report import Reporter
 
-PING = "printf 'GET /_ping HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock | grep -q '^OK'"
-"""Asks the socket, not the client: starting the emulated client costs seconds (see docs/design.md)."""
+PING = (
+    "test -S /run/docker.sock && "
+    "printf 'GET /_ping HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock | grep -q '^OK'"
+)
+"""Asks the socket, not the client: starting the emulated client costs seconds (see docs/design.md).
+
+Docker makes it early in its start, and answers at its end: until it is there nothing else is started beside it.
+"""
 
 
 @dataclass(frozen=True)

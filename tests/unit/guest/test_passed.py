@@ -98,6 +98,14 @@ def test_nothing_costs_nothing_at_first_and_later_a_look() -> None:
     assert guest.scripts() == [passed._LOOK]
 
 
+def test_a_new_guest_is_asked_only_who_listens_in_it() -> None:
+    guest = Guest()
+    begin(guest, Passed(authorities="PEM"))
+    assert guest.scripts() == [passed._TRUST, f"cat >{passed.STATE}"]
+    begin(guest, Passed(ports=frozenset({5000})))
+    assert passed._LOOK in guest.scripts()
+
+
 def test_a_guest_that_began_with_nothing_gets_what_it_is_given_later() -> None:
     guest = Guest()
     begin(guest, Passed())
