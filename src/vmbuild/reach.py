@@ -55,9 +55,8 @@ def channel_of(files: MachineFiles) -> Channel:
     return Channel(files.inbox, files.outbox, files.folder / ".boxes.lock")
 
 
-@contextmanager
-def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
-    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+def running(name: str, home: Home) -> MachineFiles:
+    """Return the files of a machine that runs. Raises MachineError when it does not."""
     files = MachineFiles.at(home.state, name)
     state = lifetime.status(files).state
     if state == "suspended":
@@ -66,7 +65,13 @@ def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Se
         raise MachineError(
             f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
         )
-    session = connect(files, Deadline.after(limit_s))
+    return files
+
+
+@contextmanager
+def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
+    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+    session = connect(running(name, home), Deadline.after(limit_s))
     try:
         yield session
     finally:
