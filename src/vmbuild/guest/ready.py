@@ -23,6 +23,13 @@ Docker makes it early in its start, and answers at its end: until it is there no
 """
 
 
+WAIT = 'n=10; until eval "$1"; do n=$((n - 1)); [ $n -gt 0 ] || exit 1; sleep 0.1; done'
+"""Tries a probe for a second, in the guest: to ask anew over SSH takes as much of it as what is waited for does."""
+
+RETRY_S = 0.2
+"""How long is waited before another log-in is tried; less at first, as a guest that was restored is there at once."""
+
+
 @dataclass(frozen=True)
 class ReadyCheck:
     """One thing that must be true: in words, as a shell command in the guest, and what to look at when it is not."""
@@ -80,6 +87,7 @@ def connect_when_up(
     connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline
 ) -> Session:
     """Return a session as soon as the guest lets us in. Raises GuestError when it does not before the deadline."""
+    pause_s = RETRY_S / 8
     while True:
         check_alive()
         try:
@@ -89,15 +97,17 @@ def connect_when_up(
         except GuestError:
             if deadline.passed:
                 raise
-        deadline.sleep(0.2)
+        deadline.sleep(pause_s)
+        pause_s = min(RETRY_S, pause_s * 1.5)
 
 
 def _wait_for(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> None:
-    while not _succeeds(["sh", "-c", check.probe], session, check_alive, deadline):
+    argv = ["sh", "-c", *((WAIT, "ready") if check.may_take_time else ()), check.probe]
+    while not _succeeds(argv, session, check_alive, deadline):
         check_alive()
         if deadline.passed or not check.may_take_time:
             raise GuestError(f"not ready: {check.description}: no", details=_log(session, check), resolution=check.hint)
-        deadline.sleep(0.3)
+        deadline.sleep(0.1)
 
 
 def _succeeds(argv: Sequence[str], session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
