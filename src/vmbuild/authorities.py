@@ -65,10 +65,11 @@ def find(
 
 
 def _added_here(environment: Mapping[str, str], public: Iterable[Path], root: Path) -> dict[bytes, Authority]:
-    known = {each for path in public for each in _blocks(_read(path))}
-    known |= {each for path in _files_in(root / PACKAGED) for each in _blocks(_read(path))}
     places = [path for folder in FOLDERS for path in _files_in(root / folder)]
     places += [Path(environment[name]) for name in VARIABLES if environment.get(name)]
+    if not places:
+        return {}
+    known = {each for path in (*public, *_files_in(root / PACKAGED)) for each in _blocks(_read(path))}
     certificates = {der: None for path in places for der in _blocks(_read(path)) if der not in known}
     return dict(_parsed(certificates))
 

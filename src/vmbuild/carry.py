@@ -44,10 +44,11 @@ def check_limits(limits: Limits, seconds_left: float) -> None:
 
 
 def check_secrets(limits: Limits, *, has_secrets: bool) -> None:
-    """See that a build with secrets is not to be carried away when its time is up. Raises UsageError."""
-    if has_secrets and limits.suspend_to is not None:
+    """See that a build with secrets is not to be carried away when its time is up, unasked. Raises UsageError."""
+    if has_secrets and limits.suspend_to is not None and not limits.with_secrets:
         raise _with_secrets(
-            "Leave --suspend-to out: --time-limit alone suspends the machine here, where `vmbuild up` goes on with it."
+            "Leave --suspend-to out: --time-limit alone suspends the machine here, where `vmbuild up` goes on with it. "
+            "Or add --with-secrets: whoever can read the bundle has them then."
         )
 
 
@@ -75,7 +76,7 @@ def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callab
         return work(Guard(limits, MachineFiles.at(home.state, name)))
     except TimeIsUp:
         report.step("The time limit is near")
-    suspend(name, limits.suspend_to, home, report)
+    suspend(name, limits.suspend_to, home, report, with_secrets=limits.with_secrets)
     if limits.suspend_to is None:
         raise SuspendedError(
             f"the build is suspended in the machine {name}",
@@ -87,8 +88,8 @@ def within(limits: Limits, name: str, home: Home, report: Reporter, work: Callab
     )
 
 
-def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Suspension:
-    """Suspend a machine, and pack it as a bundle if a place for one is given.
+def suspend(name: str, target: Path | None, home: Home, report: Reporter, *, with_secrets: bool = False) -> Suspension:
+    """Suspend a machine, and pack it as a bundle if a place for one is given; `with_secrets` also where it holds some.
 
     Raises UsageError for a place that there is not, MachineError or HostError.
     """
@@ -98,7 +99,7 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
             f"the machine {name} boots a disk with a firmware, and cannot be packed as a bundle",
             resolution=f"`vmbuild suspend {name}` without a place saves it here.",
         )
-    if target is not None and holds_secrets(name, home):
+    if target is not None and not with_secrets and holds_secrets(name, home):
         raise _with_secrets(
             f"`vmbuild suspend {name}` without a place keeps it here; `vmbuild attach {name}` finishes the build."
         )
@@ -113,8 +114,10 @@ def suspend(name: str, target: Path | None, home: Home, report: Reporter) -> Sus
         with lifetime.lock(files, report):
             if suspension.find(files) != saved:  # the lock was free for a moment
                 raise MachineError(f"the machine {name} went on before it was packed")
-            if holds_secrets(name, home):  # it was started when we had looked
-                raise _with_secrets(f"The machine is suspended here: `vmbuild up --name {name}` goes on with it.")
+            if holds_secrets(name, home):  # or one was started when we had looked
+                if not with_secrets:
+                    raise _with_secrets(f"The machine is suspended here: `vmbuild up --name {name}` goes on with it.")
+                report.warn(f"the bundle holds the secrets of a build: whoever can read {target} has them")
             report.step(f"Packing the machine {name}")
             keys.forget_key(files.host_key)  # the guest has it in its memory: from here on it is nobody's
             _pack(files, saved, target, report)

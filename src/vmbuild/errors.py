@@ -98,7 +98,13 @@ class HungUp(KeyboardInterrupt):
     """The terminal is gone, as when a connection to the host breaks. A build that runs goes on."""
 
 
+class ReaderGone(Exception):
+    """Nobody reads the output any more."""
+
+
 INTERRUPTED = 130
+BROKEN_PIPE = 141
+"""What a shell says of a program that SIGPIPE has ended, as it does most others."""
 
 EXIT_CODES: dict[int, str] = {
     0: "success",
@@ -117,4 +123,5 @@ EXIT_CODES: dict[int, str] = {
         )
     },
     INTERRUPTED: "interrupted, with Ctrl-C or SIGTERM",
+    BROKEN_PIPE: "whoever read the output has gone",
 }

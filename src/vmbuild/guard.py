@@ -28,12 +28,13 @@ class Limits:
     """What a build may cost; None: as much as it likes.
 
     `ends_at` is on the monotonic clock: until then the machine must be suspended, in its folder or as a bundle in
-    `suspend_to`. `reserve_s` is kept for that beyond what is measured.
+    `suspend_to`, `with_secrets` where it may hold a build's. `reserve_s` is kept for that beyond what is measured.
     """
 
     ends_at: float | None = None
     reserve_s: float = 60.0
     suspend_to: Path | None = None
+    with_secrets: bool = False
     stall_timeout_s: float | None = None
 
 

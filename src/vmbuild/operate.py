@@ -14,7 +14,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB, LEAST_MEMORY_MIB, grow_disk, set_memory
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, Home, MachineRequest, MachineStatus, format_size
-from vmbuild.reach import connect, existing, running_session
+from vmbuild.reach import connect, existing, running, running_session
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
 
@@ -142,15 +142,18 @@ def resize(
     _check_size(status(name, home), cpus, memory_mib)
     if disk_bytes is not None:
         lifetime.check_disk(files, disk_bytes)
+    running(name, home)
+    if memory_mib is not None:  # by the balloon, so without logging in, which is slow in a guest that is busy
+        report.step(f"Setting the memory to {format_size(memory_mib * MIB)}")
+        has = set_memory(files, memory_mib, Deadline.after(RESIZE_S))
+        if has > memory_mib + CLOSE_ENOUGH_MIB:
+            report.warn(f"the guest uses more: it has {format_size(has * MIB)} now, and gives back what it can")
+    if cpus is None and disk_bytes is None:
+        return
     with running_session(name, home) as session:
         if cpus is not None:
             report.step(f"Setting the CPUs to {cpus}")
             resources.set_cpus(session, cpus)
-        if memory_mib is not None:
-            report.step(f"Setting the memory to {format_size(memory_mib * MIB)}")
-            has = set_memory(files, memory_mib, Deadline.after(RESIZE_S))
-            if has > memory_mib + CLOSE_ENOUGH_MIB:
-                report.warn(f"the guest uses more: it has {format_size(has * MIB)} now, and gives back what it can")
         if disk_bytes is not None:
             report.step(f"Growing the disk to {format_size(disk_bytes)}")
             grow_disk(files, disk_bytes)

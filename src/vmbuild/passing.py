@@ -11,15 +11,17 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import certifi
 
 from vmbuild import authorities, docker_config, logins, trust
 from vmbuild.address import seen_from_guest, without_credentials
 from vmbuild.guest import passed, seed
 from vmbuild.guest.context import Context
 from vmbuild.guest.session import Session
-from vmbuild.image import http
 from vmbuild.model import BuildRequest, MachineRequest
 from vmbuild.report import Reporter
 
@@ -43,11 +45,12 @@ def proxies(request: MachineRequest) -> dict[str, str]:
 
 def trust_here(request: MachineRequest) -> None:
     """Let vmbuild's own downloads and pushes trust what a guest shall trust. Raises UsageError."""
-    trust.trust_also("".join(each.pem for each in _authorities(request)))
+    trust.trust_also("".join(each.pem for each in find_authorities(request)))
 
 
-def _authorities(request: MachineRequest) -> list[authorities.Authority]:
-    return authorities.find(request.pass_on.authorities, os.environ, [http.public_bundle()])
+def find_authorities(request: MachineRequest) -> list[authorities.Authority]:
+    """Return the authorities of this host that a guest shall trust. Raises UsageError."""
+    return authorities.find(request.pass_on.authorities, os.environ, [Path(certifi.where())])
 
 
 def for_build(request: MachineRequest, asked: BuildRequest, source: Context | None) -> MachineRequest:
@@ -57,13 +60,17 @@ def for_build(request: MachineRequest, asked: BuildRequest, source: Context | No
     return replace(request, pass_on=replace(choice, host_ports=(*choice.host_ports, *ports)))
 
 
-def to_guest(session: Session, request: MachineRequest, report: Reporter) -> None:
-    """Let a guest that is ready have what is passed on, and say what that is. Raises GuestError or UsageError."""
-    found = _authorities(request)
+def to_guest(
+    session: Session, request: MachineRequest, found: list[authorities.Authority], report: Reporter, *, is_new: bool
+) -> None:
+    """Let a guest that is ready have what is passed on, these authorities too, and say what that is.
+
+    `is_new` tells that it has begun with this very request. Raises GuestError.
+    """
     wanted = _wanted(request, found)
     if words := list(_describe(wanted, found)):
         report.step(f"Passing on to the guest: {'; '.join(words)}")
-    outcome = passed.apply(session, wanted)
+    outcome = passed.apply(session, wanted, is_new=is_new)
     if outcome.is_late:
         report.warn(
             f"Docker in the machine {request.name} is in use, and began with other proxies or certificates: "

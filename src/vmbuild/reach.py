@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError, UsageError
-from vmbuild.guest import ready, seed, ssh
+from vmbuild.guest import ready, seed
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session
 from vmbuild.machine import lifetime
@@ -30,9 +30,16 @@ def wait_ready(files: MachineFiles, deadline: Deadline, report: Reporter) -> Ses
     )
 
 
+def load_ssh() -> None:
+    """Load what connecting needs, now that there is something else to wait for: it takes as long as all the rest."""
+    from vmbuild.guest import ssh  # noqa: F401
+
+
 def connect(files: MachineFiles, limit: Deadline) -> Session:
     """Return a session in a machine's guest. Raises GuestError or MachineError."""
-    return ssh.SshSession.connect(endpoint_of(files), limit, lambda: lifetime.check_running(files))
+    from vmbuild.guest import ssh
+
+    return ssh.SshSession.connect(lambda: endpoint_of(files), limit, lambda: lifetime.check_running(files))
 
 
 def endpoint_of(files: MachineFiles) -> Endpoint:
@@ -48,9 +55,8 @@ def channel_of(files: MachineFiles) -> Channel:
     return Channel(files.inbox, files.outbox, files.folder / ".boxes.lock")
 
 
-@contextmanager
-def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
-    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+def running(name: str, home: Home) -> MachineFiles:
+    """Return the files of a machine that runs. Raises MachineError when it does not."""
     files = MachineFiles.at(home.state, name)
     state = lifetime.status(files).state
     if state == "suspended":
@@ -59,7 +65,13 @@ def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Se
         raise MachineError(
             f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
         )
-    session = connect(files, Deadline.after(limit_s))
+    return files
+
+
+@contextmanager
+def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
+    """Yield a session in a machine that runs already. Raises MachineError when it does not."""
+    session = connect(running(name, home), Deadline.after(limit_s))
     try:
         yield session
     finally:

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from vmbuild import dockerhost, passing, process, provision, record, settle
+from vmbuild import dockerhost, passing, process, record, settle
 from vmbuild.address import is_place
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
-from vmbuild.guest import clock
 from vmbuild.guest.session import Session
 from vmbuild.image import catalog, given, store
 from vmbuild.machine import control, lifetime, snapshot, suspension
@@ -37,7 +36,7 @@ from vmbuild.model import (
     arch_name,
     format_size,
 )
-from vmbuild.reach import wait_ready, write_seed
+from vmbuild.reach import load_ssh, wait_ready, write_seed
 from vmbuild.report import Reporter
 
 WAKE_S = 20.0
@@ -50,35 +49,37 @@ SPARE_BYTES = GIB
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
-    passing.trust_here(request)
+    trusted = passing.find_authorities(request)
     if is_place(request.image):
+        passing.trust_here(request)
         request = replace(request, image=given.find_row(request.image, home.cache).name)
     files = MachineFiles.at(home.state, request.name)
     with lifetime.lock(files, report):
         # Held until the guest is ready: who comes meanwhile must not build on a start that may yet be given up.
-        session = _first_session(request, files, home, report)
+        session, is_new = _first_session(request, files, home, report)
     try:
         if session is not None:
             dockerhost.reopen(files, report)
         session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
-        clock.set_clock(session, time.time())
         with lifetime.lock(files, report):
-            passing.to_guest(session, request, report)
+            passing.to_guest(session, request, trusted, report, is_new=is_new)
         yield session
     finally:
         if session is not None:
             session.close()
 
 
-def _first_session(request: MachineRequest, files: MachineFiles, home: Home, report: Reporter) -> Session | None:
-    """Start the machine and wait for its guest; None when it runs already."""
+def _first_session(
+    request: MachineRequest, files: MachineFiles, home: Home, report: Reporter
+) -> tuple[Session | None, bool]:
+    """Start the machine and wait for its guest, None when it runs already; tell whether the guest has just begun."""
     request = settle.settle(request, files, home.cache)
     if "disk" in request.demanded:
         lifetime.check_disk(files, request.disk_bytes)
     if _is_running(request, files, report):
-        return None
+        return None, False
     if (kept_here := suspension.find(files)) is not None:
-        return go_on(kept_here, request, files, home, report)
+        return go_on(kept_here, request, files, home, report), False
     shape = shape_of(request.name, request, home, report)
     record.forget_all(files.builds)
     lifetime.prepare(shape.spec, files, explicit_disk="disk" in request.given, firmware=shape.qemu.firmware)
@@ -87,7 +88,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
     if kept is not None:
         try:
             with _seen_to_work(files):
-                return _restore(shape, kept, request, files, report)
+                return _restore(shape, kept, request, files, report), True
         except (MachineError, GuestError) as error:
             report.warn(f"the snapshot cannot be used ({error.brief}): booting instead")
     with _seen_to_work(files):
@@ -98,7 +99,7 @@ def _first_session(request: MachineRequest, files: MachineFiles, home: Home, rep
         snapshot.remove(kept)
     if shape.key is not None:
         _start_making(shape, shape.key, request, home)
-    return session
+    return session, True
 
 
 @contextmanager
@@ -173,6 +174,7 @@ def _restore(
 
 
 def _wait_awake(files: MachineFiles, limit: Deadline, report: Reporter) -> Session:
+    load_ssh()
     control.wait_for(files, "awake", limit)
     return wait_ready(files, limit, report)
 
@@ -249,10 +251,16 @@ def _has_room(request: MachineRequest, home: Home) -> bool:
 
 def fetch_image(request: MachineRequest, home: Home, report: Reporter, *, refresh: bool = False) -> GuestImage:
     """Return the guest image from the cache, made first where it is not there, or with `refresh` of what is new."""
-    passing.trust_here(request)
+    if is_place(request.image):
+        passing.trust_here(request)
     spec = settle.choose_image(request, home.cache)
+    if not refresh and (found := store.find(spec, home.cache)) is not None:
+        return found
+    passing.trust_here(request)
     with store.renewing(spec, home.cache, report) if refresh else nullcontext():
         if isinstance(spec, DiskSpec):
+            from vmbuild import provision
+
             return provision.ensure(spec, request, home, report)
         mirrors = {"debian": request.mirror, "debian-security": request.security_mirror}
         return store.ensure(spec, mirrors, home.cache, report)

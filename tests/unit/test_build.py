@@ -190,6 +190,12 @@ def test_what_a_running_machine_cannot_become_is_refused(
         operate.resize("box", home, SilentReporter(), **asked)
 
 
+def test_memory_changes_without_logging_in(home: Home, machine: MachineFiles) -> None:
+    """Nobody answers on the fake QEMU's SSH port."""
+    operate.resize("box", home, SilentReporter(), cpus=None, memory_mib=512, disk_bytes=None)
+    assert lifetime.status(machine).memory_now_mib == 512
+
+
 @pytest.fixture
 def machine(home: Home, programs: Path) -> Iterator[MachineFiles]:
     """A machine of the fake QEMU that runs."""

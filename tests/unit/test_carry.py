@@ -809,6 +809,15 @@ def test_a_build_with_secrets_stays_here(world: World) -> None:
     assert not world.bundle.exists()
 
 
+def test_unless_somebody_asks_for_it(world: World) -> None:
+    report = Listener()
+    record.save(world.files.builds, replace(BUILD, has_secrets=True))
+    carry.suspend("box", world.bundle, world.here, report, with_secrets=True)
+    assert [line for line in report.warnings if "whoever can read" in line and str(world.bundle) in line]
+    assert world.bundle.stat().st_mode & 0o777 == 0o600
+    assert '"has_secrets": true' in json.dumps(bundle.read_facts(world.bundle))
+
+
 def test_that_secrets_were_in_a_machine_s_memory_is_told(world: World) -> None:
     report = Listener()
     record.save(world.files.builds, replace(BUILD, has_secrets=True))

@@ -315,8 +315,9 @@ def test_a_bundle_gone_on_with_makes_a_bundle_of_its_machine(
 def test_a_build_that_may_become_a_bundle_is_told_so(built: Record, home: Path) -> None:
     assert run(["build", "--time-limit", "45m"]) == 0
     assert run(["build", "--time-limit", "45m", "--suspend-to", str(home), "--logins", "off"]) == 0
+    assert run(["build", "--time-limit", "45m", "--suspend-to", str(home), "--with-secrets"]) == 0
     choices = [request.pass_on for request, _ in built]
-    assert [(choice.carried, choice.logins) for choice in choices] == [(False, True), (True, False)]
+    assert [(choice.carried, choice.logins) for choice in choices] == [(False, True), (True, False), (False, True)]
 
 
 def run_program(script: str) -> subprocess.CompletedProcess[str]:
@@ -330,6 +331,12 @@ def test_a_full_disk_behind_standard_output_is_said(command: str) -> None:
     assert done.returncode == HostError.exit_code
     assert "standard output: No space left" in done.stderr
     assert "defect" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["config", "config --json", "list", "images --json", "--help", "completion bash"])
+def test_a_reader_who_has_gone_is_told_nothing_and_the_shell_the_usual(command: str) -> None:
+    done = run_program(f'{{ "$0" {command}; echo $? >&2; }} | true')
+    assert done.stderr == "141\n"
 
 
 def test_a_closed_standard_input_is_an_empty_one() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmbuild.errors import EXIT_CODES, INTERRUPTED, HostError, UsageError, VmbuildError
+from vmbuild.errors import BROKEN_PIPE, EXIT_CODES, INTERRUPTED, HostError, UsageError, VmbuildError
 
 KINDS: list[type[VmbuildError]] = VmbuildError.__subclasses__()
 
@@ -18,7 +18,7 @@ def test_every_kind_is_in_the_table(kind: type[VmbuildError]) -> None:
 def test_no_two_kinds_share_an_exit_code() -> None:
     codes = [VmbuildError.exit_code, *(kind.exit_code for kind in KINDS)]
     assert len(set(codes)) == len(codes)
-    assert set(EXIT_CODES) == {0, *codes, INTERRUPTED}
+    assert set(EXIT_CODES) == {0, *codes, INTERRUPTED, BROKEN_PIPE}
 
 
 def test_the_codes_are_those_that_scripts_rely_on() -> None:

@@ -42,12 +42,17 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
     """What guests were asked to have; they all have port 22 for themselves, and took the proxies at their start."""
     found: list[Passed] = []
 
-    def take(_: object, asked: Passed) -> Outcome:
+    def take(_: object, asked: Passed, *, is_new: bool) -> Outcome:
         found.append(asked)
         return Outcome(bool(asked.proxies), tuple({22} & asked.ports))
 
     monkeypatch.setattr(passed, "apply", take)
     return found
+
+
+def tell(request: MachineRequest, listener: Listener) -> None:
+    """Let a guest have what is passed on."""
+    passing.to_guest(FakeSession(), request, passing.find_authorities(request), listener, is_new=True)
 
 
 def source(text: str) -> Context:
@@ -56,7 +61,7 @@ def source(text: str) -> Context:
 
 def test_nothing_is_nothing_to_say(wanted: list[Passed]) -> None:
     listener = Listener()
-    passing.to_guest(FakeSession(), REQUEST, listener)
+    tell(REQUEST, listener)
     assert wanted == [Passed()]
     assert listener.heard == []
 
@@ -75,7 +80,7 @@ def test_all_is_said_in_one_line_without_a_password(
         host_ports=(22,),
     )
     listener = Listener()
-    passing.to_guest(FakeSession(), replace(REQUEST, pass_on=choice), listener)
+    tell(replace(REQUEST, pass_on=choice), listener)
     assert listener.heard == [
         "Passing on to the guest: proxy http://10.0.2.2:3128; 1 CA certificate (Test CA Corp); "
         "registry mirror http://localhost:5000, https://m.example; insecure registry 127.0.0.1:5001, r.example; "
@@ -94,7 +99,7 @@ def test_off_is_off(wanted: list[Passed], environment: Path, monkeypatch: pytest
     monkeypatch.setenv("SSL_CERT_FILE", str(make_authority(tmp_path)))
     environment.write_text(json.dumps({"auths": {"docker.io": {"auth": "x"}}, "proxies": {"default": {"a": "b"}}}))
     off = replace(REQUEST, pass_on=PassOn())
-    passing.to_guest(FakeSession(), off, Listener())
+    tell(off, Listener())
     assert wanted == [Passed()]
     assert passing.client_config(off, BuildRequest("."), source(""), Listener()) is None
 

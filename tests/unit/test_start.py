@@ -95,10 +95,10 @@ def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[
 def test_what_is_passed_on_reaches_a_guest_that_is_ready_whether_it_ran_or_not(
     home: Home, makers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[passed.Passed] = []
+    told: list[tuple[passed.Passed, bool]] = []
 
-    def take(_: object, wanted: passed.Passed) -> passed.Outcome:
-        told.append(wanted)
+    def take(_: object, wanted: passed.Passed, *, is_new: bool) -> passed.Outcome:
+        told.append((wanted, is_new))
         return passed.Outcome()
 
     monkeypatch.setattr(passed, "apply", take)
@@ -107,7 +107,8 @@ def test_what_is_passed_on_reaches_a_guest_that_is_ready_whether_it_ran_or_not(
     assert up(home, request) == ["Starting the machine box", words]
     assert up(home, request) == [words]
     assert up(home) == []
-    assert [each.mirrors for each in told] == [("http://localhost:5000",)] * 2 + [()]
+    mirrors = ("http://localhost:5000",)
+    assert [(each.mirrors, is_new) for each, is_new in told] == [(mirrors, True), (mirrors, False), ((), False)]
 
 
 @pytest.mark.parametrize(("proxy", "is_there"), [(True, True), (False, False)])

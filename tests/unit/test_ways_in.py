@@ -135,4 +135,5 @@ def test_a_build_that_is_followed_anew_is_looked_at_for_secrets_too(
     record.save(builds, replace(plain, has_secrets=True))
     assert run(argv) == 2
     assert "not carried to another host" in " ".join(capsys.readouterr().err.split())
+    assert run([*argv, "--with-secrets"]) == 0
     assert run(argv[:3]) == 0

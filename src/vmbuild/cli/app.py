@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import click
 
 from vmbuild.cli import bench, build, cache, dockerhost, host, inside, machine, top
 from vmbuild.cli.options import Group
-from vmbuild.errors import EXIT_CODES
+from vmbuild.errors import EXIT_CODES, ReaderGone
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS: tuple[click.Command, ...] = (
@@ -19,8 +23,27 @@ COMMANDS: tuple[click.Command, ...] = (
 """In the order in which people meet them."""
 
 
+@contextmanager
+def _noticing_gone_readers() -> Iterator[None]:
+    """Keep click and rich from making an ordinary failure, 1, of a reader who has gone."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as error:
+        if BrokenPipeError in (type(error), type(error.__context__)):
+            raise ReaderGone from error
+        raise
+
+
 class Program(Group):
     """The group of all commands, exit codes below them."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _noticing_gone_readers():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _noticing_gone_readers():
+            return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Exit codes"):

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 import click
 
 from vmbuild.cli.completion import complete_platforms
-from vmbuild.cli.options import as_json, machine_options, name_argument, name_option, read_settings, start_options
+from vmbuild.cli.options import (
+    as_json,
+    machine_options,
+    name_argument,
+    name_option,
+    read_settings,
+    start_options,
+    with_secrets_option,
+)
 from vmbuild.cli.ways_in import take_inputs, ways_in
 from vmbuild.cli.ways_out import BuildCommand, check_outputs, output_options, read_outputs, tell_delivered
 from vmbuild.errors import UsageError
@@ -27,9 +35,12 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 limit_options = machine_options(*BUILD_LIMITS)
-suspend_to_option = click.option(
-    "--suspend-to", metavar="FILE|DIR", help="Where the bundle goes that --time-limit makes; without: stay here."
-)
+
+
+def bundle_options(command: F) -> F:
+    """Give a click command the options of the bundle that a time limit makes."""
+    text = "Where the bundle goes that --time-limit makes; without: stay here."
+    return click.option("--suspend-to", metavar="FILE|DIR", help=text)(with_secrets_option(command))
 
 
 def platform_option(text: str) -> Callable[[F], F]:
@@ -67,10 +78,12 @@ def platform_option(text: str) -> Callable[[F], F]:
 @click.option("--oom-retry", is_flag=True, help="Build again with more memory what runs out of it.")
 @ways_in
 @limit_options
-@suspend_to_option
+@bundle_options
 @start_options
 @as_json
-def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | None, **flags: Any) -> None:
+def build_command(
+    as_json: bool, quiet: bool, progress: str, suspend_to: str | None, with_secrets: bool, **flags: Any
+) -> None:
     """Build a container image in the machine, starting it when it does not run."""
     from vmbuild import build, carry, ui
 
@@ -94,11 +107,12 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
     )
     is_pure = progress == "rawjson"  # BuildKit's JSON alone, for a program to read
     reporter = ui.TerminalReporter(quiet=quiet or is_pure)
-    limits = _limits(found, found["name"], suspend_to, begun)
+    limits = _limits(found, found["name"], suspend_to, begun, with_secrets=with_secrets)
     carry.check_secrets(limits, has_secrets=bool(given.secrets))
     with _standard_input() as stdin:
         machine = found.as_request()
-        machine = replace(machine, pass_on=replace(machine.pass_on, carried=limits.suspend_to is not None))
+        carried = limits.suspend_to is not None and not with_secrets
+        machine = replace(machine, pass_on=replace(machine.pass_on, carried=carried))
         arguments = (machine, request, found.home(), reporter)
         result = carry.within(
             *(limits, found["name"], found.home(), reporter),
@@ -112,9 +126,16 @@ def build_command(as_json: bool, quiet: bool, progress: str, suspend_to: str | N
 @name_option
 @click.option("--build", "build_id", metavar="ID", help="Which build, where several run.")
 @limit_options
-@suspend_to_option
+@bundle_options
 @as_json
-def attach(positional: str | None, build_id: str | None, suspend_to: str | None, as_json: bool, **flags: Any) -> None:
+def attach(
+    positional: str | None,
+    build_id: str | None,
+    suspend_to: str | None,
+    with_secrets: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Show a build that runs in the machine, whatever became of its command, and finish it as that would have."""
     from vmbuild import carry, follow, passing, ui
 
@@ -123,7 +144,7 @@ def attach(positional: str | None, build_id: str | None, suspend_to: str | None,
     passing.trust_here(found.as_request())
     reporter = ui.TerminalReporter()
     arguments = (found["name"], build_id, found.home(), reporter)
-    limits = _limits(found, found["name"], suspend_to, begun)
+    limits = _limits(found, found["name"], suspend_to, begun, with_secrets=with_secrets)
     carry.check_secrets(limits, has_secrets=carry.holds_secrets(found["name"], found.home()))
     result = carry.within(
         *(limits, found["name"], found.home(), reporter),
@@ -136,17 +157,19 @@ def attach(positional: str | None, build_id: str | None, suspend_to: str | None,
 @click.argument("bundle", metavar="FILE|DIR", type=click.Path(path_type=Path))
 @machine_options("name", "timeout", "mirror", "security_mirror")
 @limit_options
-@suspend_to_option
+@bundle_options
 @click.option("--trusted", is_flag=True, help="Also push and load as the build in the bundle was asked to.")
 @as_json
-def resume(bundle: Path, suspend_to: str | None, trusted: bool, as_json: bool, **flags: Any) -> None:
+def resume(
+    bundle: Path, suspend_to: str | None, with_secrets: bool, trusted: bool, as_json: bool, **flags: Any
+) -> None:
     """Go on with the machine in a bundle, and finish the build in it as its command would have."""
     from vmbuild import carry, ui
 
     begun = time.monotonic()
     found = read_settings(flags)
     request = found.as_request()
-    limits = _limits(found, carry.name_for(bundle, request), suspend_to, begun)
+    limits = _limits(found, carry.name_for(bundle, request), suspend_to, begun, with_secrets=with_secrets)
     arguments = (bundle, request, limits, found.home(), ui.TerminalReporter())
     result = carry.resume(*arguments, stdout=sys.stdout.buffer, trusted=trusted)
     _show_end(result, as_json=as_json)
@@ -171,7 +194,7 @@ def base(reference: str, platforms: tuple[str, ...], force: bool, as_json: bool,
         ui.say(f"FROM {reference} works now for {', '.join(made.platforms)} ({made.image_id}).")
 
 
-def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) -> Limits:
+def _limits(found: Settings, name: str, suspend_to: str | None, begun: float, *, with_secrets: bool) -> Limits:
     """Return what a build in a machine may cost that was asked for at `begun`, on the monotonic clock."""
     from vmbuild import carry
     from vmbuild.guard import Limits
@@ -183,6 +206,7 @@ def _limits(found: Settings, name: str, suspend_to: str | None, begun: float) ->
         ends_at=None if seconds is None else begun + seconds,
         reserve_s=found["reserve"],
         suspend_to=carry.bundle_place(suspend_to, name) if suspend_to else None,
+        with_secrets=with_secrets,
         stall_timeout_s=found["stall_timeout"],
     )
     carry.check_limits(limits, seconds)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options
+from vmbuild.cli.options import as_json, name_argument, name_option, read_settings, start_options, with_secrets_option
 from vmbuild.errors import UsageError
 from vmbuild.model import MIB, Freed, MachineStatus, format_size, parse_size
 
@@ -173,14 +173,16 @@ def down(positional: str | None, **flags: Any) -> None:
 @name_argument
 @name_option
 @click.option("--to", metavar="FILE|DIR", help="Make a bundle too, for `vmbuild resume` on another host.")
+@with_secrets_option
 @as_json
-def suspend(positional: str | None, to: str | None, as_json: bool, **flags: Any) -> None:
+def suspend(positional: str | None, to: str | None, with_secrets: bool, as_json: bool, **flags: Any) -> None:
     """Save the machine as it is, a build in it or not, and free its CPUs and memory; `up` goes on with it."""
     from vmbuild import carry, ui
 
     found = read_settings(flags, positional)
     target = carry.bundle_place(to, found["name"]) if to else None
-    saved = carry.suspend(found["name"], target, found.home(), ui.TerminalReporter())
+    report = ui.TerminalReporter()
+    saved = carry.suspend(found["name"], target, found.home(), report, with_secrets=with_secrets)
     if as_json:
         ui.print_json(saved)
     else:

@@ -19,6 +19,9 @@ machine_options = partial(settings.machine_options, completers=COMPLETERS)
 start_options = machine_options(*settings.COMMAND_LINE)
 name_option = machine_options("name")
 name_argument = click.argument("positional", metavar="[NAME]", required=False, shell_complete=COMPLETERS["name"])
+with_secrets_option = click.option(
+    "--with-secrets", is_flag=True, help="Also make a bundle that holds a build's secrets, for whoever can read it."
+)
 
 
 class Group(click.Group):

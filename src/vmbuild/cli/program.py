@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from vmbuild.cli.app import app
-from vmbuild.errors import INTERRUPTED, HungUp, UsageError, VmbuildError
+from vmbuild.errors import BROKEN_PIPE, INTERRUPTED, HungUp, ReaderGone, UsageError, VmbuildError
 
 
 def main() -> NoReturn:
@@ -54,9 +54,9 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone: say nothing
+    except ReaderGone:  # say nothing
         _settle_stdout()
-        return 1
+        return BROKEN_PIPE
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except Exception:

@@ -1,7 +1,8 @@
 """What the guest has of the host's ways into the network: authorities, registries, ports of the host's loopback.
 
 All of it is in memory only, gone with the boot; what was applied is written down beside it, so that the next look
-costs one command. Docker reads its proxies, which are the seed's (`guest.seed`), and certificates when it starts.
+costs one command; a guest that has begun with nothing, and shall have nothing, is not asked. Docker reads its proxies,
+which are the seed's (`guest.seed`), and certificates when it starts.
 """
 
 from __future__ import annotations
@@ -120,32 +121,32 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _State:
-    """What was applied since the guest has booted: digests by what they are of; and who listens in it."""
+    """What was applied since the guest has booted, nothing at first: digests by what they are of; who listens in it."""
 
     digests: Mapping[str, str]
     ports: frozenset[int]
     listening: frozenset[int]
 
 
-def apply(session: Session, wanted: Passed) -> Outcome:
+def apply(session: Session, wanted: Passed, *, is_new: bool) -> Outcome:
     """Let the guest have what is wanted, and take away what no longer is. Raises GuestError.
+
+    `is_new` tells that its Docker has just begun, with the proxies that are wanted.
 
     Docker is started again for what it reads only then, unless somebody uses it. A port that is the host's stays so
     until the guest goes down, or something in it listens there: other builds run.
     """
-    state = _look(session)
-    new = {
-        "authorities": _digest(wanted.authorities),
-        "registries": _digest([wanted.mirrors, wanted.insecure]),
-        "started": _digest([sorted(wanted.proxies.items()), wanted.authorities]),
-    }
-    old = state.digests or {**_NOTHING, "started": new["started"]}
+    if is_new and wanted == Passed():
+        return Outcome()
+    state, new = _NEW if is_new and not wanted.ports else _look(session), _digests(wanted)
+    # Nobody has asked a new one for anything yet: what is put beside it now it will read.
+    old = {**state.digests, "started": new["started"]} if is_new else state.digests
     if new["authorities"] != old["authorities"]:
         _run(session, _TRUST, feed=wanted.authorities)
     if new["registries"] != old["registries"]:
         _set_registries(session, wanted.mirrors, wanted.insecure)
     is_late = new["started"] != old["started"]
-    has_others = bool(state.digests and (wanted.mirrors or wanted.insecure)) and new["registries"] != old["registries"]
+    has_others = new["registries"] != old["registries"] and bool(wanted.mirrors or wanted.insecure) and not is_new
     # For minutes BuildKit goes by what it knew of a registry when it last asked for an image (util/resolver/pool.go).
     if (is_late or has_others) and _is_idle(session):
         _run(session, _RESTART, feed=environment_text(wanted.proxies), limit_s=RESTART_S)
@@ -179,7 +180,7 @@ def _look(session: Session) -> _State:
     state, _, sockets = capture(session, ["sh", "-c", _LOOK], deadline=Deadline.after(APPLY_S)).partition("--\n")
     rows = {key: value for key, _, value in (line.partition(" ") for line in state.splitlines())}
     ports = frozenset(int(word) for word in rows.pop("ports", "").split())
-    return _State(rows, ports, frozenset(_listening(sockets)))
+    return _State(rows or _digests(Passed()), ports, frozenset(_listening(sockets)))
 
 
 def _listening(sockets: str) -> Iterable[int]:
@@ -234,8 +235,16 @@ def _run(session: Session, script: str, *words: str, feed: str = "", limit_s: fl
     return capture(session, argv, feed=send(feed.encode()), deadline=Deadline.after(limit_s))
 
 
+def _digests(wanted: Passed) -> dict[str, str]:
+    return {
+        "authorities": _digest(wanted.authorities),
+        "registries": _digest([wanted.mirrors, wanted.insecure]),
+        "started": _digest([sorted(wanted.proxies.items()), wanted.authorities]),
+    }
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-_NOTHING = {"authorities": _digest(""), "registries": _digest([[], []])}
+_NEW = _State(_digests(Passed()), frozenset(), frozenset())

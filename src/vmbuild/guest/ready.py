@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError
+from vmbuild.guest import clock
 from vmbuild.guest.session import Session, WrongHostKeyError
 from vmbuild.report import Reporter
 
-PING = "printf 'GET /_ping HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock | grep -q '^OK'"
-"""Asks the socket, not the client: starting the emulated client costs seconds (see docs/design.md)."""
+PING = (
+    "test -S /run/docker.sock && "
+    "printf 'GET /_ping HTTP/1.0\\r\\n\\r\\n' | socat -t 10 - UNIX-CONNECT:/run/docker.sock | grep -q '^OK'"
+)
+"""Asks the socket, not the client: starting the emulated client costs seconds (see docs/design.md).
+
+Docker makes it early in its start, and answers at its end: until it is there nothing else is started beside it.
+"""
+
+
+WAIT = 'n=10; until eval "$1"; do n=$((n - 1)); [ $n -gt 0 ] || exit 1; sleep 0.1; done'
+"""Tries a probe for a second, in the guest: to ask anew over SSH takes as much of it as what is waited for does."""
+
+RETRY_S = 0.2
+"""How long is waited before another log-in is tried; less at first, as a guest that was restored is there at once."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +67,14 @@ CHECKS = (
 def wait_ready(
     connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline, report: Reporter
 ) -> Session:
-    """Wait until SSH answers and every check passes; return the session.
+    """Wait until SSH answers, set the clock, wait until every check passes; return the session.
 
     `check_alive` raises when the machine is gone. Raises GuestError with the hint of the check that failed.
     """
     report.step("Waiting for the guest")
     session = connect_when_up(connect, check_alive, deadline)
     try:
+        _succeeds(clock.setting_to(time.time()), session, check_alive, deadline)
         for check in CHECKS:
             _wait_for(check, session, check_alive, deadline)
     except BaseException:
@@ -71,6 +87,7 @@ def connect_when_up(
     connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline
 ) -> Session:
     """Return a session as soon as the guest lets us in. Raises GuestError when it does not before the deadline."""
+    pause_s = RETRY_S / 8
     while True:
         check_alive()
         try:
@@ -80,20 +97,22 @@ def connect_when_up(
         except GuestError:
             if deadline.passed:
                 raise
-        deadline.sleep(0.2)
+        deadline.sleep(pause_s)
+        pause_s = min(RETRY_S, pause_s * 1.5)
 
 
 def _wait_for(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> None:
-    while not _passes(check, session, check_alive, deadline):
+    argv = ["sh", "-c", *((WAIT, "ready") if check.may_take_time else ()), check.probe]
+    while not _succeeds(argv, session, check_alive, deadline):
         check_alive()
         if deadline.passed or not check.may_take_time:
             raise GuestError(f"not ready: {check.description}: no", details=_log(session, check), resolution=check.hint)
-        deadline.sleep(0.3)
+        deadline.sleep(0.1)
 
 
-def _passes(check: ReadyCheck, session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
+def _succeeds(argv: Sequence[str], session: Session, check_alive: Callable[[], None], deadline: Deadline) -> bool:
     try:
-        return session.run(["sh", "-c", check.probe], deadline=deadline) == 0
+        return session.run(argv, deadline=deadline) == 0
     except GuestError:
         check_alive()  # a machine that is gone says more than the connection that broke with it
         if deadline.passed:

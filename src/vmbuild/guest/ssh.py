@@ -14,12 +14,15 @@ from contextlib import contextmanager, suppress
 import paramiko
 
 from vmbuild.deadline import NEVER, Deadline
-from vmbuild.errors import GuestError, VmbuildError
+from vmbuild.errors import GuestError, MachineError, VmbuildError
 from vmbuild.guest.session import ConnectionLostError, Feed, Output, Tick, WrongHostKeyError
 from vmbuild.model import Endpoint
 
 WINDOW_BYTES = 4 * 1024 * 1024
 Watch = Callable[[], None]
+
+Where = Callable[[], Endpoint]
+"""Tells where the guest is reached: another port, when the machine was suspended and goes on in another QEMU."""
 
 Signal = Callable[[str, str], None]
 """Sends a signal, by name, to a process group in the guest."""
@@ -37,27 +40,32 @@ STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 class SshSession:
     """An authenticated SSH connection to one guest; see `Session`."""
 
-    def __init__(self, endpoint: Endpoint, transport: paramiko.Transport, watch: Watch) -> None:
-        self._endpoint = endpoint
+    def __init__(self, where: Where, transport: paramiko.Transport, watch: Watch) -> None:
+        self._where = where
         self._transport = transport
         self._watch = watch
         self._in_vain: VmbuildError | None = None
 
     @classmethod
-    def connect(cls, endpoint: Endpoint, deadline: Deadline, watch: Watch = lambda: None) -> SshSession:
+    def connect(cls, where: Where, deadline: Deadline, watch: Watch = lambda: None) -> SshSession:
         """Connect once, check the pinned host key, log in.
 
-        `watch` is called now and then while a program is silent; it raises when waiting is in vain.
+        `where` is asked for each connection anew. `watch` is called now and then while a program is silent; it raises
+        when waiting is in vain.
 
         Raises WrongHostKeyError for another host key, GuestError when nobody answers or the key is refused.
         """
-        return cls(endpoint, _log_in(endpoint, deadline), watch)
+        return cls(where, _log_in(where(), deadline), watch)
 
     def reopen(self, deadline: Deadline) -> None:
         """Connect anew; see `Session.reopen`. Raises what the watch says when waiting is in vain."""
         self._transport.close()
         self._ask_watch()
-        self._transport = _log_in(self._endpoint, deadline)
+        try:
+            endpoint = self._where()
+        except MachineError as error:  # it is about to go on
+            raise GuestError("the guest is not there yet", details=str(error)) from error
+        self._transport = _log_in(endpoint, deadline)
 
     def run(
         self,

@@ -16,9 +16,6 @@ from vmbuild.image.tree import File, Link, TreeWriter
 from vmbuild.model import ApplianceSpec
 from vmbuild.report import Reporter
 
-RECIPE = 2
-"""Raise it when this module would make another guest image from the same packages and guest files."""
-
 T = TypeVar("T")
 
 SQFSTAR = (

@@ -13,15 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from vmbuild.errors import GuestImageError, HostError
-from vmbuild.image import http
-from vmbuild.image.http import NETWORK_ADVICE, NotFound, Unreachable
+from vmbuild.image.tries import NETWORK_ADVICE, NotFound, Stopped, Transient, Unreachable, tries
 from vmbuild.model import MIB, format_size
 from vmbuild.report import Meter, Reporter
 from vmbuild.whole import hash_file
+
+if TYPE_CHECKING:
+    from vmbuild.image import http
 
 __all__ = [
     "NETWORK_ADVICE",
@@ -67,6 +70,8 @@ def fetch_all(downloads: Sequence[Download], report: Reporter, *, label: str, wo
         return
     sizes = [download.size for download in missing.values()]
     total = None if None in sizes else sum(size for size in sizes if size is not None)
+    from vmbuild.image import http
+
     with report.meter(label, total) as meter, http.Session(workers) as session:
         _work_off(_Crew(session, meter, list(missing.values())), workers)
 
@@ -77,8 +82,10 @@ def fetch_bytes(url: str, *, limit_bytes: int = 32 * MIB, only_tls: bool = False
     Raises NotFound, Unreachable, GuestImageError when it is too big or, with `only_tls`, when the server sends us on to
     another that anybody on the way could speak for.
     """
+    from vmbuild.image import http
+
     with http.Session() as session:
-        for attempt in http.tries(url, threading.Event()):
+        for attempt in tries(url, threading.Event()):
             with attempt, http.open_url(session, url, {"Cache-Control": "max-age=0"}) as response:
                 if only_tls and (weak := http.weak_address(response)):
                     raise GuestImageError(f"{url} leads to {weak}, which is not protected by TLS")
@@ -91,8 +98,10 @@ def fetch_bytes(url: str, *, limit_bytes: int = 32 * MIB, only_tls: bool = False
 
 def ask_size(url: str) -> int | None:
     """Return the size in bytes that a server announces for a file. Raises NotFound, Unreachable."""
+    from vmbuild.image import http
+
     with http.Session() as session:
-        for attempt in http.tries(url, threading.Event()):
+        for attempt in tries(url, threading.Event()):
             with attempt, http.open_url(session, url, {}) as response:
                 given = response.headers.get("Content-Length", "")
                 return int(given) if given.isdecimal() else None
@@ -192,7 +201,7 @@ def _bring(crew: _Crew, download: Download, progress: _Progress) -> None:
 
 def _receive_all(crew: _Crew, download: Download, progress: _Progress) -> None:
     part = _part(download)
-    for attempt in http.tries(download.url, crew.stop, lambda: _size(part)):
+    for attempt in tries(download.url, crew.stop, lambda: _size(part)):
         with attempt:
             if download.digest is None:
                 part.unlink(missing_ok=True)  # without a digest nobody would notice two versions glued together
@@ -203,12 +212,14 @@ def _receive_all(crew: _Crew, download: Download, progress: _Progress) -> None:
 
 def _receive(crew: _Crew, download: Download, progress: _Progress) -> None:
     """Ask for what is missing and append it; write anew when the server cannot resume."""
+    from vmbuild.image import http
+
     part, start = _part(download), _size(_part(download))
     with http.open_url(crew.session, download.url, {"Range": f"bytes={start}-"} if start else {}) as response:
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if response.status_code != (206 if resumed else 200):
             part.unlink(missing_ok=True)
-            raise http.Transient(f"the server cannot resume (status {response.status_code})")
+            raise Transient(f"the server cannot resume (status {response.status_code})")
         with part.open("ab" if resumed else "wb") as file:
             position = file.tell()
             for chunk in http.read_body(response, None if download.size is None else download.size - position):
@@ -216,10 +227,10 @@ def _receive(crew: _Crew, download: Download, progress: _Progress) -> None:
                 position += len(chunk)
                 progress.reach(position)
                 if crew.stop.is_set():
-                    raise http.Stopped
+                    raise Stopped
     # a server that announced this length has another file: that is for the digest to say
     if download.size is not None and position < download.size and "Content-Length" not in response.headers:
-        raise http.Transient(f"the server ended after {position} of {download.size} bytes")
+        raise Transient(f"the server ended after {position} of {download.size} bytes")
 
 
 def _part(download: Download) -> Path:
@@ -240,7 +251,7 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             if stop.wait(0.1):
-                raise http.Stopped from None
+                raise Stopped from None
     try:
         yield
         Path(lock.lock_file).unlink(missing_ok=True)

@@ -11,13 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmbuild.errors import GuestImageError, HostError
-from vmbuild.image import appliance, cloud, debian, fetch, packages
+from vmbuild.image import cloud
 from vmbuild.lock import hold
 from vmbuild.model import ApplianceSpec, DiskBoot, DiskSpec, GuestImage, ImageSpec, KernelBoot, Repository
 from vmbuild.report import Reporter
 from vmbuild.whole import hash_file, write_whole
+
+if TYPE_CHECKING:
+    from vmbuild.image.packages import Package
+
+RECIPE = 2
+"""Raise it when `image.appliance` would make another guest image from the same packages and guest files."""
 
 PARTS = {"appliance": ("kernel", "initrd", "root.squashfs"), "disk": ("disk.qcow2",)}
 """The files of a guest image, by the kind of its row."""
@@ -129,7 +136,7 @@ def recipe_digest(spec: ImageSpec) -> str:
     """Return a digest of all that decides what a row assembles to, but for the packages' versions."""
     facts = {key: str(value) for key, value in sorted(vars(spec).items()) if key not in ("folder", "guest_files")}
     facts["keyrings"] = " ".join(path.name for path in spec.keyrings)  # wherever vmbuild is installed
-    digest = hashlib.sha256(json.dumps([appliance.RECIPE, facts], default=str).encode())
+    digest = hashlib.sha256(json.dumps([RECIPE, facts], default=str).encode())
     for path in sorted(path for path in spec.guest_files.rglob("*") if path.is_file()):
         digest.update(path.relative_to(spec.guest_files).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -181,6 +188,8 @@ def _as_fetched(spec: DiskSpec, found: cloud.Fetched) -> GuestImage:
 
 
 def _make(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> GuestImage:
+    from vmbuild.image import appliance
+
     assert isinstance(spec, ApplianceSpec)  # noqa: S101 - the only kind that is assembled
     closure = fetch_packages(spec, mirrors, cache, report)
     with workspace(cache, spec.name) as folder:
@@ -191,11 +200,13 @@ def _make(spec: ImageSpec, mirrors: Mapping[str, str], cache: Path, report: Repo
 
 def fetch_packages(
     spec: ApplianceSpec, mirrors: Mapping[str, str], cache: Path, report: Reporter
-) -> tuple[packages.Package, ...]:
+) -> tuple[Package, ...]:
     """Resolve a row's packages and bring them all into the cache, verified."""
+    from vmbuild.image import debian, fetch, packages
+
     report.step(f"Reading the package lists for {spec.name}")
 
-    def resolve(repositories: Sequence[Repository], wanted: Sequence[str]) -> tuple[packages.Package, ...]:
+    def resolve(repositories: Sequence[Repository], wanted: Sequence[str]) -> tuple[Package, ...]:
         indexes = debian.open_indexes(repositories, spec.arch, mirrors, spec.keyrings, cache / "indexes", report)
         return packages.resolve_closure(indexes, wanted, without=spec.without)
 

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild.errors import GuestError
 from vmbuild.guest import passed
-from vmbuild.guest.passed import Outcome, Passed, apply
+from vmbuild.guest.passed import Outcome, Passed
 
 TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -77,20 +77,48 @@ class Guest(FakeSession):
         return found
 
 
+def begin(guest: FakeSession, wanted: Passed) -> Outcome:
+    """Let a guest that has just begun have what is wanted."""
+    return passed.apply(guest, wanted, is_new=True)
+
+
+def apply(guest: FakeSession, wanted: Passed) -> Outcome:
+    """Let a guest that was there before have what is wanted."""
+    return passed.apply(guest, wanted, is_new=False)
+
+
 MIRRORED = Passed(mirrors=("https://m.example", "http://localhost:5000"), insecure=("r.example:5000", "10.0.0.0/8"))
 
 
-def test_nothing_costs_a_look_and_is_remembered() -> None:
+def test_nothing_costs_nothing_at_first_and_later_a_look() -> None:
     guest = Guest()
+    assert begin(guest, Passed()) == Outcome()
+    assert guest.scripts() == []
     assert apply(guest, Passed()) == Outcome()
-    assert guest.scripts() == [passed._LOOK, f"cat >{passed.STATE}"]
-    apply(guest, Passed())
+    assert guest.scripts() == [passed._LOOK]
+
+
+def test_a_new_guest_is_asked_only_who_listens_in_it() -> None:
+    guest = Guest()
+    begin(guest, Passed(authorities="PEM"))
+    assert guest.scripts() == [passed._TRUST, f"cat >{passed.STATE}"]
+    begin(guest, Passed(ports=frozenset({5000})))
+    assert passed._LOOK in guest.scripts()
+
+
+def test_a_guest_that_began_with_nothing_gets_what_it_is_given_later() -> None:
+    guest = Guest()
+    begin(guest, Passed())
+    assert apply(guest, LATER) == Outcome()
+    assert guest.environment == "http_proxy='http://it'\\''s'\n"
+    assert passed._TRUST in guest.scripts()
+    assert apply(guest, LATER) == Outcome()
     assert guest.scripts() == [passed._LOOK]
 
 
 def test_registries_go_beside_what_docker_has_of_its_own_and_go_away_again() -> None:
     guest = Guest({"log-level": "warn", "registry-mirrors": ["https://own.example"]})
-    apply(guest, MIRRORED)
+    begin(guest, MIRRORED)
     assert guest.config == {
         "log-level": "warn",
         "registry-mirrors": ["https://own.example", "https://m.example", "http://localhost:5000"],
@@ -107,7 +135,7 @@ def test_registries_go_beside_what_docker_has_of_its_own_and_go_away_again() -> 
 def test_a_docker_that_does_not_obey_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passed, "RELOAD_S", 0.3)
     with pytest.raises(GuestError, match="does not take the registries"):
-        apply(Guest(obeys=False), MIRRORED)
+        begin(Guest(obeys=False), MIRRORED)
 
 
 @pytest.mark.parametrize("answer", ["", "HTTP/1.0 500 No\r\n\r\n", "x\r\n\r\n{}", "x\r\n\r\nnull\n"])
@@ -121,7 +149,7 @@ def test_a_docker_that_does_not_answer_does_not_obey_yet_and_is_not_idle(answer:
 
 def test_authorities_are_fed_and_taken_away() -> None:
     guest = Guest()
-    assert apply(guest, Passed(authorities="PEM")) == Outcome()
+    assert begin(guest, Passed(authorities="PEM")) == Outcome()
     (call,) = [call for call in guest.calls if call.argv[2] == passed._TRUST]
     assert call.stdin == b"PEM"
     guest.scripts()
@@ -135,7 +163,7 @@ LATER = Passed(proxies=PROXY, authorities="PEM")
 
 def test_docker_starts_again_for_what_it_reads_at_its_start() -> None:
     guest = Guest()
-    apply(guest, Passed(proxies={"http_proxy": "http://a"}))
+    begin(guest, Passed(proxies={"http_proxy": "http://a"}))
     assert guest.environment is None
     assert apply(guest, LATER) == Outcome()
     assert guest.environment == "http_proxy='http://it'\\''s'\n"
@@ -149,7 +177,7 @@ def test_docker_starts_again_for_what_it_reads_at_its_start() -> None:
 @pytest.mark.parametrize("use", ["busy", "container"])
 def test_but_not_while_somebody_uses_it(use: str) -> None:
     guest = Guest(use=use)
-    apply(guest, Passed())
+    begin(guest, Passed())
     assert apply(guest, LATER) == Outcome(is_late=True)
     assert apply(guest, LATER) == Outcome(is_late=True)
     assert apply(guest, Passed()) == Outcome()  # which it began with
@@ -161,14 +189,14 @@ def test_but_not_while_somebody_uses_it(use: str) -> None:
 
 def test_docker_forgets_what_it_knew_of_a_registry_that_is_another_now() -> None:
     guest = Guest()
-    apply(guest, MIRRORED)
+    begin(guest, MIRRORED)
     assert guest.environment is None  # it has only just started
     apply(guest, Passed())
     assert guest.environment is None
     apply(guest, MIRRORED)
     assert guest.environment == ""
     busy = Guest(use="busy")
-    apply(busy, Passed())
+    begin(busy, Passed())
     assert apply(busy, MIRRORED) == Outcome()
     assert busy.config["insecure-registries"] == ["r.example:5000", "10.0.0.0/8"]
     assert busy.environment is None
@@ -176,14 +204,14 @@ def test_docker_forgets_what_it_knew_of_a_registry_that_is_another_now() -> None
 
 def test_a_password_is_not_in_what_is_remembered() -> None:
     guest = Guest()
-    apply(guest, Passed(proxies={"http_proxy": "http://me:s3cret@a"}))
+    begin(guest, Passed(proxies={"http_proxy": "http://me:s3cret@a"}))
     assert "s3cret" not in guest.state
     assert "s3cret" not in repr(guest.calls)
 
 
 def test_ports_are_the_hosts_until_something_in_the_guest_listens() -> None:
     guest = Guest()
-    assert apply(guest, Passed(ports=frozenset({5000, 22}))) == Outcome(guests_own=(22,))
+    assert begin(guest, Passed(ports=frozenset({5000, 22}))) == Outcome(guests_own=(22,))
     (call,) = [call for call in guest.calls if call.argv[2] == passed._FORWARD]
     assert call.argv[4:] == ("5000",)
     guest.scripts()

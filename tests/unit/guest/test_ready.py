@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, MachineError
-from vmbuild.guest.ready import CHECKS, wait_ready
+from vmbuild.guest import clock
+from vmbuild.guest.ready import CHECKS, WAIT, wait_ready
 from vmbuild.guest.session import Feed, Output, Session, Tick, WrongHostKeyError
 from vmbuild.report import SilentReporter
 
@@ -18,6 +22,7 @@ class FakeSession:
     def __init__(self, **codes: list[int]) -> None:
         self.codes = codes
         self.asked: list[str] = []
+        self.clock = 0
         self.closed = False
 
     def run(
@@ -31,6 +36,9 @@ class FakeSession:
         deadline: Deadline = NEVER,
         on_tick: Tick | None = None,
     ) -> int:
+        if argv[2] == clock.SCRIPT:
+            self.clock = int(argv[-1])
+            return 0
         for number, check in enumerate(CHECKS):
             if argv[-1] == check.probe:
                 self.asked.append(check.description)
@@ -60,6 +68,13 @@ def test_every_check_passes_in_order() -> None:
     assert wait(session) is session
     assert list(dict.fromkeys(session.asked)) == [check.description for check in CHECKS]
     assert len(session.asked) == 6
+
+
+def test_the_clock_is_set_first() -> None:
+    session = FakeSession(check1=[1])
+    with pytest.raises(GuestError, match="not ready"):
+        wait(session)
+    assert abs(session.clock - time.time()) < 5
 
 
 def test_what_waiting_does_not_mend_fails_at_once() -> None:
@@ -206,7 +221,33 @@ def test_the_time_limit_is_handed_to_the_connection_and_to_each_probe() -> None:
         return Noting()
 
     wait_ready(connect, alive, limit, SilentReporter())
-    assert seen == [limit] * (1 + len(CHECKS))
+    assert seen == [limit] * (2 + len(CHECKS))
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.3, 0), (30, 1)])
+def test_the_guest_itself_tries_a_probe_for_a_second(tmp_path: Path, seconds: float, code: int) -> None:
+    later = subprocess.Popen(["sh", "-c", f"sleep {seconds}; : >{tmp_path}/there"])
+    begun = time.monotonic()
+    done = subprocess.run(["sh", "-c", WAIT, "ready", f"test -e {tmp_path}/there"], check=False)
+    later.kill()
+    later.wait()
+    assert done.returncode == code
+    assert 0.2 < time.monotonic() - begun < 5
+
+
+def test_a_guest_that_was_restored_is_asked_again_soon() -> None:
+    """Of a guest that boots for seconds a log-in is not tried all the time."""
+    tries = list[float]()
+
+    def connect(_: Deadline) -> Session:
+        tries.append(time.monotonic())
+        raise GuestError("not yet")
+
+    with pytest.raises(GuestError):
+        wait_ready(connect, alive, Deadline.after(2), SilentReporter())
+    pauses = [after - before for before, after in itertools.pairwise(tries)]
+    assert pauses[0] < 0.15 < pauses[-2]
+    assert len(tries) < 25
 
 
 def test_ctrl_c_while_waiting_closes_the_session() -> None:

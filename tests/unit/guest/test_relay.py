@@ -28,7 +28,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     wanted = threading.Event()
     wanted.set()
     with serve(tmp_path) as guest:
-        session = SshSession.connect(guest.endpoint(), Deadline.after(20))
+        session = SshSession.connect(guest.endpoint, Deadline.after(20))
         path = tmp_path / "docker.sock"
         thread = threading.Thread(target=relay.serve, args=(session, path, wanted.is_set))
         thread.start()

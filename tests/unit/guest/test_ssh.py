@@ -21,11 +21,11 @@ from paramiko.common import AUTH_SUCCESSFUL
 from tests.unit.guest import server
 from tests.unit.guest.server import Guest, serve
 from vmbuild.deadline import Deadline
-from vmbuild.errors import GuestError, HostError
+from vmbuild.errors import GuestError, HostError, MachineError
 from vmbuild.guest import ssh
 from vmbuild.guest.session import ConnectionLostError, Sink, WrongHostKeyError, capture, send
 from vmbuild.guest.ssh import SshSession
-from vmbuild.model import MIB
+from vmbuild.model import MIB, Endpoint
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
 
 @pytest.fixture
 def session(guest: Guest) -> Iterator[SshSession]:
-    found = SshSession.connect(guest.endpoint(), Deadline.after(20))
+    found = SshSession.connect(guest.endpoint, Deadline.after(20))
     yield found
     found.close()
     found.close()
@@ -128,7 +128,7 @@ def test_silence_asks_the_watch(guest: Guest, monkeypatch: pytest.MonkeyPatch) -
     def watch() -> None:
         raise HostError("the disk is full")
 
-    session = SshSession.connect(guest.endpoint(), Deadline.after(20), watch)
+    session = SshSession.connect(guest.endpoint, Deadline.after(20), watch)
     begun = time.monotonic()
     with pytest.raises(HostError, match="the disk is full"):
         session.run(["sleep", "30"])
@@ -138,13 +138,13 @@ def test_silence_asks_the_watch(guest: Guest, monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_host_key_is_refused_before_the_log_in(guest: Guest) -> None:
     with pytest.raises(WrongHostKeyError):
-        SshSession.connect(guest.endpoint(host="stranger"), Deadline.after(20))
+        SshSession.connect(lambda: guest.endpoint(host="stranger"), Deadline.after(20))
     assert guest.server.log_ins == 0
 
 
 def test_another_client_key_is_refused(guest: Guest) -> None:
     with pytest.raises(GuestError, match="refused the log-in"):
-        SshSession.connect(guest.endpoint(client="stranger"), Deadline.after(20))
+        SshSession.connect(lambda: guest.endpoint(client="stranger"), Deadline.after(20))
 
 
 @pytest.mark.parametrize("answer", [socket.socket.fileno, socket.socket.close], ids=["silent", "closing"])
@@ -163,7 +163,7 @@ def test_a_server_that_does_not_speak(guest: Guest, answer: Callable[[socket.soc
         )
         begun = time.monotonic()
         with pytest.raises(GuestError, match="does not answer"):
-            SshSession.connect(endpoint, Deadline.after(1))
+            SshSession.connect(lambda: endpoint, Deadline.after(1))
         assert time.monotonic() - begun < 10
     for sock in kept:
         sock.close()
@@ -394,7 +394,7 @@ def test_a_server_that_never_answers_the_log_in_costs_no_more_than_the_deadline(
     monkeypatch.setattr(server.Server, "check_auth_publickey", dawdle)
     begun = time.monotonic()
     with pytest.raises(GuestError):
-        SshSession.connect(guest.endpoint(), Deadline.after(1)).close()
+        SshSession.connect(guest.endpoint, Deadline.after(1)).close()
     assert time.monotonic() - begun < 5
 
 
@@ -416,12 +416,12 @@ def test_nobody_listens(guest: Guest) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(GuestError, match="does not answer"):
-        SshSession.connect(dataclasses.replace(guest.endpoint(), port=port), Deadline.after(5))
+        SshSession.connect(lambda: dataclasses.replace(guest.endpoint(), port=port), Deadline.after(5))
 
 
 def test_a_stranger_is_named_with_what_to_do(guest: Guest) -> None:
     with pytest.raises(WrongHostKeyError) as caught:
-        SshSession.connect(guest.endpoint(host="stranger"), Deadline.after(20))
+        SshSession.connect(lambda: guest.endpoint(host="stranger"), Deadline.after(20))
     assert "SHA256:" in caught.value.details
     assert "vmbuild down" in caught.value.resolution
 
@@ -489,6 +489,27 @@ def test_a_guest_that_is_not_there_again_costs_no_more_than_the_deadline(guest: 
     assert time.monotonic() - begun < 5
 
 
+def test_a_guest_that_went_on_elsewhere_is_found_there(guest: Guest, tmp_path: Path) -> None:
+    places: list[Endpoint | MachineError] = [guest.endpoint()]
+
+    def where() -> Endpoint:
+        if isinstance(place := places[-1], MachineError):
+            raise place
+        return place
+
+    session = SshSession.connect(where, Deadline.after(20))
+    (tmp_path / "other").mkdir()
+    with serve(tmp_path / "other") as other:
+        places.append(MachineError("the machine forwards no SSH port"))
+        with pytest.raises(GuestError, match="is not there yet"):  # so it is tried again
+            session.reopen(Deadline.after(5))
+        places.append(other.endpoint())
+        session.reopen(Deadline.after(20))
+        assert session.run(["true"]) == 0
+        assert (guest.server.log_ins, other.server.log_ins) == (1, 1)
+        session.close()
+
+
 def test_nobody_connects_to_a_machine_that_is_gone(guest: Guest) -> None:
     gone = list[HostError]()
 
@@ -496,7 +517,7 @@ def test_nobody_connects_to_a_machine_that_is_gone(guest: Guest) -> None:
         if gone:
             raise gone[0]
 
-    session = SshSession.connect(guest.endpoint(), Deadline.after(20), watch)
+    session = SshSession.connect(guest.endpoint, Deadline.after(20), watch)
     gone.append(HostError("the disk is full"))
     with pytest.raises(HostError, match="the disk is full"):
         session.reopen(Deadline.after(20))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.listener import Listener
-from vmbuild.image import http
+from vmbuild.image import tries
 
 
 class Dropped(Exception):
@@ -177,7 +177,7 @@ def site() -> Iterator[Site]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again at once, and past any proxy of the host."""
-    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(tries, "BACKOFF_S", 0.001)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 

@@ -20,7 +20,7 @@ from tests.unit.image.conftest import Behaviour, Keys, Site, drop_after, redirec
 from tests.unit.image.disks import content_of, disk_spec, qcow2_disk, raw_disk
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError, UsageError
-from vmbuild.image import cloud, disk, http, store
+from vmbuild.image import cloud, disk, http, store, tries
 from vmbuild.image.catalog import find_catalog, list_images
 from vmbuild.image.fetch import NotFound, WrongDigest
 from vmbuild.image.prune import prune
@@ -129,7 +129,7 @@ def test_an_interrupted_download_is_resumed_by_the_next_run(
     site: Site, spec: DiskSpec, cache: Path, published: bytes
 ) -> None:
     site.behaviours[PATH] = [without_ranges, drop_after(100_000), *[status(503)] * 5]
-    with pytest.raises(http.Unreachable) as caught:
+    with pytest.raises(tries.Unreachable) as caught:
         get(spec, cache)
     assert "Debian" not in caught.value.resolution
     assert any(name.endswith(".part") for name in left(cache))
@@ -422,7 +422,7 @@ def test_prune_frees_disks_and_partial_downloads(site: Site, spec: DiskSpec, cac
 
 def test_prune_frees_what_came_of_a_row_that_is_gone(site: Site, spec: DiskSpec, cache: Path) -> None:
     site.behaviours[PATH] = [without_ranges, drop_after(100_000), *[status(503)] * 5]
-    with pytest.raises(http.Unreachable):
+    with pytest.raises(tries.Unreachable):
         get(spec, cache)
     assert pruned(cache) == [("downloads", True)]
 

@@ -28,7 +28,7 @@ from tests.unit.image.conftest import (
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError, HostError
 from vmbuild.image import fetch as fetch_module
-from vmbuild.image import http
+from vmbuild.image import http, tries
 from vmbuild.image.fetch import Download, NotFound, Unreachable, WrongDigest, fetch_all, fetch_bytes
 from vmbuild.report import SilentReporter
 
@@ -197,7 +197,7 @@ def test_404_is_told_at_once(site: Site, tmp_path: Path) -> None:
 
 def test_403_and_endless_503_are_unreachable(site: Site, tmp_path: Path) -> None:
     download = wanted(site, tmp_path)
-    for code, asked in ((403, 1), (503, http.TRIES)):
+    for code, asked in ((403, 1), (503, tries.TRIES)):
         site.requests.clear()
         site.default = status(code)
         with pytest.raises(Unreachable) as caught:
@@ -228,7 +228,7 @@ def test_a_dead_proxy_and_a_nonsense_url_are_told(monkeypatch: pytest.MonkeyPatc
     ("said", "asked", "words"),
     [
         ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", 1, "certificate is not trusted"),
-        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", http.TRIES, "EOF occurred"),
+        ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", tries.TRIES, "EOF occurred"),
     ],
 )
 def test_only_a_certificate_that_is_not_trusted_is_final(

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.image.conftest import Site, redirect, status
 from tests.unit.image.disks import content_of, qcow2_disk, raw_disk
 from vmbuild.errors import GuestImageError, UsageError
-from vmbuild.image import catalog, cloud, given, http
+from vmbuild.image import catalog, cloud, given, http, tries
 from vmbuild.image.fetch import WrongDigest
 from vmbuild.model import Arch, DiskSpec
 from vmbuild.report import SilentReporter
@@ -197,7 +197,7 @@ def test_checksums_by_a_detour_over_plain_http_are_refused(
 
 def test_a_server_that_is_away_is_told_without_advice_on_debians_mirrors(site: Site, cache: Path) -> None:
     site.behaviours[f"{PATH}.sha256"] = [status(503)] * 9
-    with pytest.raises(http.Unreachable) as caught:
+    with pytest.raises(tries.Unreachable) as caught:
         given.find_row(site.url + PATH, cache)
     assert caught.value.resolution.startswith("Check the network")
     assert "MIRROR" not in caught.value.resolution

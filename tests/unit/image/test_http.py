@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.machine.registry import make_authority
-from vmbuild.image.http import Session, Unreachable, open_url, public_bundle
+from vmbuild.image.http import Session, open_url
+from vmbuild.image.tries import Unreachable
 from vmbuild.trust import trust_also
 
 
@@ -72,7 +73,3 @@ def test_it_comes_beside_the_bundle_of_the_environment(
     trust_also(make_authority(tmp_path / "other").read_text())
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     assert get(url) == b"hello"
-
-
-def test_the_public_bundle_is_there() -> None:
-    assert "BEGIN CERTIFICATE" in public_bundle().read_text()

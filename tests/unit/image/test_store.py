@@ -467,7 +467,7 @@ def test_recipe_digest_changes_with_the_row(spec: ApplianceSpec, monkeypatch: py
         replace(spec, arch=Arch.ARMHF),
     ]
     digests = {recipe_digest(spec), *map(recipe_digest, changed)}
-    monkeypatch.setattr(appliance, "RECIPE", appliance.RECIPE + 1)
+    monkeypatch.setattr(store, "RECIPE", store.RECIPE + 1)
     assert len(digests | {recipe_digest(spec)}) == len(changed) + 2
 
 
