@@ -49,7 +49,7 @@ class Traces:
     @classmethod
     def of(cls, program: CyclingCli) -> Traces:
         """Look at them now. A process is known by its environment, which all that one starts inherit."""
-        folders = (program.state, program.scratch, program.cache / "snapshots", program.cache / "images")
+        folders = (program.state, program.scratch, program.cache)
         mark = f"VMBUILD_STATE_DIR={program.state}".encode()
         return cls(
             files=frozenset(str(path) for folder in folders for path in folder.rglob("*")),
@@ -75,7 +75,9 @@ def _environment(pid: int) -> list[bytes]:
 
 @pytest.fixture
 def cycling(cli: Cli, tmp_path: Path) -> CyclingCli:
-    program = CyclingCli(cli.cache, tmp_path / "state", "cycling")
+    """The program, and its guest image, with no other test beside it."""
+    program = CyclingCli(tmp_path / "cache", tmp_path / "state", "cycling")
+    shutil.copytree(cli.cache / "images", program.cache / "images")
     program.state.mkdir()
     program.scratch.mkdir()
     program.ok("images", "snapshot")
