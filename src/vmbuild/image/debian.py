@@ -50,6 +50,10 @@ class _OutOfStep(Exception):
         self.problem = problem
 
 
+class NotInSuite(GuestImageError):
+    """The signed Release file names no such index: an old release keeps fewer architectures up to date."""
+
+
 class ExpiredRelease(GuestImageError):
     """A repository's `Valid-Until` has passed: a mirror that is no longer updated, or a clock that is wrong."""
 
@@ -79,7 +83,7 @@ def open_indexes(
     for repository in repositories:
         try:
             indexes.append(open_index(repository, arch, mirrors, keyrings, cache, report))
-        except (NotFound, Unreachable, ExpiredRelease) as error:
+        except (NotFound, Unreachable, ExpiredRelease, NotInSuite) as error:
             if not repository.optional:
                 raise
             cause = error.details.partition("\n")[0]
@@ -230,7 +234,7 @@ def _find_entry(release: Release, path: str, suite_url: str) -> _Entry:
     for row in release.get("SHA256", ()):
         if row["name"] == path:
             return _Entry(path, row["sha256"], int(row["size"]))
-    raise GuestImageError(
+    raise NotInSuite(
         f"{suite_url} has no {path}", resolution="The architecture or component does not exist in this suite."
     )
 

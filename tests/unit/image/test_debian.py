@@ -17,7 +17,7 @@ from tests.unit.image.conftest import Keys, Site, send, status
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestImageError
 from vmbuild.image import debian, mirrors
-from vmbuild.image.debian import BadSignature, ExpiredRelease, PackageIndex, open_index, open_indexes
+from vmbuild.image.debian import BadSignature, ExpiredRelease, NotInSuite, PackageIndex, open_index, open_indexes
 from vmbuild.image.fetch import NotFound, Unreachable, WrongDigest
 from vmbuild.image.mirrors import host_mirrors, mirror_urls
 from vmbuild.image.packages import Relation, package_downloads, parse_relations, resolve_closure
@@ -57,6 +57,7 @@ class Suite:
     by_hash: bool = False
     listener: Listener = field(default_factory=Listener)
     repository: Repository = TRIXIE
+    wanted: str = "arm64"
 
     @property
     def folder(self) -> str:
@@ -89,11 +90,11 @@ class Suite:
 
     def open(self, *keyrings: str) -> PackageIndex:
         files = [self.keys.export(name) for name in keyrings or ("archive",)]
-        return open_index(self.repository, "arm64", self.mirrors, files, self.cache, self.listener)
+        return open_index(self.repository, self.wanted, self.mirrors, files, self.cache, self.listener)
 
     def open_all(self) -> list[PackageIndex]:
         files = [self.keys.export("archive")]
-        return open_indexes([self.repository], "arm64", self.mirrors, files, self.cache, self.listener)
+        return open_indexes([self.repository], self.wanted, self.mirrors, files, self.cache, self.listener)
 
 
 @pytest.fixture
@@ -199,6 +200,16 @@ def test_a_server_that_does_not_serve_is_only_a_warning_where_it_is_optional(sui
     suite.repository = replace(TRIXIE, optional=True)
     assert suite.open_all() == []
     assert "503" in suite.listener.warnings[0]
+
+
+def test_a_suite_without_the_architecture_is_only_a_warning_where_it_is_optional(suite: Suite) -> None:
+    suite.publish()
+    suite.wanted = "armel"
+    with pytest.raises(NotInSuite, match="binary-armel"):
+        suite.open_all()
+    suite.repository = replace(TRIXIE, optional=True)
+    assert suite.open_all() == []
+    assert "going on without trixie" in suite.listener.warnings[0]
 
 
 def test_an_index_with_a_wrong_digest_is_refused_even_where_it_is_optional(suite: Suite) -> None:
