@@ -134,7 +134,15 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     assert choose("run", "--bundle", write_config(tmp_path, root), "x") == 0
 
 
-def test_what_comes_into_a_container_later_has_its_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("state.json", '{"id":"aa","init_process_pid":PID,"init_process_start":1}'),
+        ("status", '{\n    "pid": PID,\n    "process-start-time": 12,\n    "cgroup-path": "aa"\n}'),
+    ],
+    ids=["runc", "crun"],
+)
+def test_what_comes_into_a_container_later_has_its_mark(tmp_path: Path, name: str, state: str) -> None:
     code = f"import ctypes; ctypes.CDLL(None).personality({V7 | 8}); print(flush=True); input()"
     folder = tmp_path / "aa"
     folder.mkdir()
@@ -142,7 +150,7 @@ def test_what_comes_into_a_container_later_has_its_mark(tmp_path: Path) -> None:
         assert inside.stdin is not None
         assert inside.stdout is not None
         inside.stdout.readline()
-        (folder / "state.json").write_text(f'{{"id":"aa","init_process_pid":{inside.pid},"init_process_start":1}}')
+        (folder / name).write_text(state.replace("PID", str(inside.pid)))
         argv = ["--root", str(tmp_path), "exec", "--process", "/tmp/p", "--detach", "--pid-file", "/tmp/q", "aa"]
         assert choose(*argv) == V7
         inside.stdin.close()
@@ -154,20 +162,22 @@ def test_what_comes_into_a_container_later_has_its_mark(tmp_path: Path) -> None:
         (["--root", "/r", "create", "--bundle", "/b", "x"], "runtime"),
         (["run", "x"], "runtime"),
         (["--log", "/l", "exec", "x", "a  b"], "runtime"),
-        (["--version"], "runc"),
-        (["--root", "/r", "start", "x"], "runc"),
-        (["delete", "--force", "x"], "runc"),
+        (["--version"], "crun"),
+        (["--root", "/r", "start", "x"], "crun"),
+        (["delete", "--force", "x"], "crun"),
     ],
 )
 def test_only_what_starts_a_program_goes_by_way_of_the_wrapper(tmp_path: Path, argv: list[str], way: str) -> None:
     script = (PROGRAMS / "bin/runc").read_text()
-    for name in ("/usr/lib/vmbuild/runtime", "/usr/sbin/runc"):
+    for name in ("/usr/lib/vmbuild/runtime", "/usr/sbin/runc", "/usr/bin/crun"):
         fake = tmp_path / Path(name).name
         fake.write_text('#!/bin/sh\necho "${0##*/}"\nprintf "%s\\n" "$@"\n')
         fake.chmod(0o755)
         script = script.replace(name, str(fake))
-    done = subprocess.run(["sh", "-c", script, "runc", *argv], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [way, *argv]
+    for expected in (way, way.replace("crun", "runc")):  # the second where there is no crun
+        done = subprocess.run(["sh", "-c", script, "runc", *argv], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == [expected, *argv]
+        (tmp_path / "crun").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", ["dockerd", "containerd"])
