@@ -18,8 +18,6 @@ import pytest
 
 CLI = Path(sys.executable).with_name("vmbuild")
 BASE = "debian:trixie-slim"
-OLDER_BASE = "debian:bookworm-slim"
-"""Its packages change no more: a mirror can have some architectures of a newer one, and not yet all of them."""
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -145,6 +143,15 @@ def based(machine: Cli) -> Cli:
     """The program, with its machine up and the base image in it."""
     machine.ok("base", BASE)
     return machine
+
+
+def name_suite_by_alias(program: Cli, folder: Path, platforms: tuple[str, ...]) -> None:
+    """Have apt in the base image use its suite by the other name, where a mirror has it out of step."""
+    context = folder / "alias"
+    context.mkdir()
+    names = "/^$/,$d; s/^Suites: trixie$/Suites: stable/"  # what comes behind the first source are updates
+    (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN sed -i '{names}' /etc/apt/sources.list.d/debian.sources\n")
+    program.ok("build", str(context), "-t", BASE, "--platform", ",".join(platforms))
 
 
 def on_terminal(program: Cli, script: str) -> pexpect.spawn[bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.machine.conftest import BASE, EXAMPLES, OLDER_BASE, Cli
+from tests.machine.conftest import BASE, EXAMPLES, Cli, name_suite_by_alias
 
 pytestmark = pytest.mark.machine
 
@@ -26,7 +26,7 @@ PLATFORMS = {
 """What `uname -m` and Debian call each, and what runs its programs on another host."""
 
 DOCKERFILE = f"""
-FROM {OLDER_BASE} AS look
+FROM {BASE} AS look
 RUN uname -m >/told && dpkg --print-architecture >>/told && cat /told
 FROM scratch
 COPY --from=look /told /told
@@ -39,8 +39,8 @@ COPY --from=look /usr/lib /lib
 def bases(machine: Cli) -> Cli:
     """The machine, with the base image for all platforms: the last is added to the others."""
     first, *others = reversed(PLATFORMS)
-    machine.ok("base", OLDER_BASE, "--platform", first)
-    made = machine.ok("base", OLDER_BASE, "--platform", ",".join(others), "--json").json()
+    machine.ok("base", BASE, "--platform", first)
+    made = machine.ok("base", BASE, "--platform", ",".join(others), "--json").json()
     assert made["platforms"] == others
     return machine
 
@@ -56,16 +56,12 @@ def archive(bases: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_container_of_each_platform_knows_its_machine(bases: Cli, platform: str) -> None:
-    said = bases.guest(
-        f"docker run --rm --platform {platform} {OLDER_BASE} sh -c 'uname -m; dpkg --print-architecture'"
-    )
+    said = bases.guest(f"docker run --rm --platform {platform} {BASE} sh -c 'uname -m; dpkg --print-architecture'")
     assert tuple(said.split()) == PLATFORMS[platform][:2]
 
 
 def test_who_comes_in_later_sees_the_same_machine_and_codes_and_signals_get_through(bases: Cli) -> None:
-    run = (
-        f"docker run -d --platform linux/arm/v6 {OLDER_BASE} sh -c 'trap \"exit 3\" TERM; while :; do sleep 0.2; done'"
-    )
+    run = f"docker run -d --platform linux/arm/v6 {BASE} sh -c 'trap \"exit 3\" TERM; while :; do sleep 0.2; done'"
     script = f"id=$({run}); docker exec $id sh -c 'uname -m; exit 7'; echo $?; docker stop -t 30 $id >/dev/null"
     said = bases.guest(f"{script}; docker inspect --format '{{{{.State.ExitCode}}}}' $id; docker rm $id >/dev/null")
     assert said.split() == ["armv6l", "7", "3"]
@@ -113,8 +109,8 @@ CPU_ARCH = {"aarch64": "AArch64", "armv7l": "v7", "armv6l": "v6"}
 def hello(bases: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of examples/hello for all platforms, beside the log of its build."""
     folder = tmp_path_factory.mktemp("hello")
-    base = ("--build-context", f"{BASE}=docker-image://{OLDER_BASE}")
-    options = ("--platform", ",".join(PLATFORMS), "--progress", "plain", "-o", str(folder / "hello.tar"), *base)
+    name_suite_by_alias(bases, folder, tuple(PLATFORMS))
+    options = ("--platform", ",".join(PLATFORMS), "--progress", "plain", "-o", str(folder / "hello.tar"))
     (folder / "log").write_text(bases.ok("build", str(EXAMPLES / "hello"), *options, timeout_s=1500).err)
     return folder / "hello.tar"
 

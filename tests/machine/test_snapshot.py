@@ -51,10 +51,13 @@ def _folder_and_words(pid: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def warm(cli: Cli) -> Iterator[WarmCli]:
-    """A machine that was restored from a snapshot; it goes at the end, as others want its memory."""
-    program = WarmCli(cli.cache, cli.state, "warm")
-    shutil.rmtree(program.cache / "snapshots", ignore_errors=True)  # a cache that was handed in may hold older ones
+def warm(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
+    """A machine that was restored from a snapshot; it goes at the end, as others want its memory.
+
+    The snapshots are its own: other tests make some, and none may be deleted under them.
+    """
+    program = WarmCli(tmp_path_factory.mktemp("warm"), cli.state, "warm")
+    shutil.copytree(cli.cache / "images", program.cache / "images")
     program.ok("images", "snapshot")
     done = program.ok("up")
     assert_restored(done)

@@ -17,10 +17,11 @@ from pathlib import Path
 from debian.deb822 import Deb822
 
 from vmbuild.address import seen_from_guest, without_credentials
+from vmbuild.errors import GuestImageError
 from vmbuild.image import rootfs
 from vmbuild.image.catalog import BaseSpec
 from vmbuild.image.debian import open_indexes
-from vmbuild.image.fetch import fetch_all
+from vmbuild.image.fetch import NotFound, fetch_all
 from vmbuild.image.packages import Package, PackageIndex, package_downloads, package_path, resolve_closure
 from vmbuild.image.tree import File, Keep, Member, TreeWriter, Writable, read_members
 from vmbuild.report import Reporter
@@ -155,9 +156,31 @@ class BasePlan:
 
 
 def plan(spec: BaseSpec, arch: str, mirrors: Mapping[str, str], cache: Path, report: Reporter) -> BasePlan:
-    """Resolve and fetch the packages of a base image for a Debian architecture. Raises GuestImageError."""
+    """Resolve and fetch the packages of a base image for a Debian architecture. Raises GuestImageError.
+
+    A mirror can have the list of a new release and not yet all of its packages: then all are taken as its suites are
+    under their other names.
+    """
+    try:
+        return _plan(spec, arch, mirrors, cache, report, by_alias=False)
+    except NotFound as error:
+        aliases = ", ".join(repository.alias for repository in spec.repositories if repository.alias)
+        if not aliases:
+            raise
+        report.warn(f"{error.brief}: taking the packages as of {aliases}")
+        try:
+            return _plan(spec, arch, mirrors, cache, report, by_alias=True)
+        except GuestImageError:
+            raise error from None
+
+
+def _plan(
+    spec: BaseSpec, arch: str, mirrors: Mapping[str, str], cache: Path, report: Reporter, *, by_alias: bool
+) -> BasePlan:
     report.step(f"Reading the package lists for {spec.repo_tag}")
-    indexes = open_indexes(spec.repositories, arch, mirrors, spec.keyrings, cache / "indexes", report)
+    indexes = open_indexes(
+        spec.repositories, arch, mirrors, spec.keyrings, cache / "indexes", report, by_alias=by_alias
+    )
     packages = resolve_closure(indexes, spec.packages, essential=spec.essential)
     report.step(f"Downloading {len(packages)} packages")
     fetch_all(package_downloads(packages, cache / "packages"), report, label="download")

@@ -74,15 +74,18 @@ def open_indexes(
     keyrings: Sequence[Path],
     cache: Path,
     report: Reporter,
+    *,
+    by_alias: bool = False,
 ) -> list[PackageIndex]:
     """Return the indexes of all repositories; an optional one that cannot be had costs a warning.
 
+    `by_alias` opens each suite by its other name, where it has one: a mirror may have that as of another moment.
     Raises what open_index raises; a bad signature or a wrong digest is an error even where the repository is optional.
     """
     indexes = []
     for repository in repositories:
         try:
-            indexes.append(open_index(repository, arch, mirrors, keyrings, cache, report))
+            indexes.append(open_index(repository, arch, mirrors, keyrings, cache, report, by_alias=by_alias))
         except (NotFound, Unreachable, ExpiredRelease, NotInSuite) as error:
             if not repository.optional:
                 raise
@@ -98,6 +101,8 @@ def open_index(
     keyrings: Sequence[Path],
     cache: Path,
     report: Reporter,
+    *,
+    by_alias: bool = False,
 ) -> PackageIndex:
     """Return the verified package index of one repository; only `InRelease` is downloaded when it has not changed.
 
@@ -107,15 +112,24 @@ def open_index(
     *first, last = mirror_urls(repository, mirrors)
     for url in first:
         try:
-            return _open_at(url, repository, arch, keyrings, cache, report)
+            return _open_at(url, repository, arch, keyrings, cache, report, by_alias=by_alias)
         except (NotFound, Unreachable) as error:
             report.warn(f"this host's mirror cannot be used for {repository.suite}, taking {last}: {error.brief}")
-    return _open_at(last, repository, arch, keyrings, cache, report)
+    return _open_at(last, repository, arch, keyrings, cache, report, by_alias=by_alias)
 
 
 def _open_at(
-    url: str, repository: Repository, arch: str, keyrings: Sequence[Path], cache: Path, report: Reporter
+    url: str,
+    repository: Repository,
+    arch: str,
+    keyrings: Sequence[Path],
+    cache: Path,
+    report: Reporter,
+    *,
+    by_alias: bool,
 ) -> PackageIndex:
+    first = repository.alias if by_alias and repository.alias else repository.suite
+
     def open_as(name: str) -> PackageIndex:
         suite_url = f"{url}/dists/{name}"
         release = _read_release(suite_url, repository.suite, keyrings)
@@ -127,12 +141,12 @@ def _open_at(
 
     for pause in RETRY_PAUSES_S:
         try:
-            return open_as(repository.suite)
+            return open_as(first)
         except _OutOfStep:
-            report.step(f"{repository.suite} is being updated on the mirror, trying again in {pause:.0f} s")
+            report.step(f"{first} is being updated on the mirror, trying again in {pause:.0f} s")
             time.sleep(pause)
     try:
-        return open_as(repository.suite)
+        return open_as(first)
     except _OutOfStep as error:
         return _open_alias(open_as, repository, error.problem, report)
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from vmbuild.image.base import (
     write_plan,
 )
 from vmbuild.image.catalog import BaseSpec
+from vmbuild.image.fetch import NotFound
 from vmbuild.image.packages import Package, PackageIndex, package_path
 from vmbuild.model import Arch, Repository
 from vmbuild.report import SilentReporter
@@ -294,7 +296,7 @@ def test_a_plans_tree_is_the_tree_of_its_packages(plan: BasePlan) -> None:
 
 def planned(monkeypatch: pytest.MonkeyPatch, cache: Path, sha256: str, opened: Sequence[PackageIndex] = ()) -> BasePlan:
     package = Package("tool", "1", "arm64", sha256, 1, "", "", "", "", False, "optional", "")
-    monkeypatch.setattr(base, "open_indexes", lambda *_: list(opened))
+    monkeypatch.setattr(base, "open_indexes", lambda *_, **__: list(opened))
     monkeypatch.setattr(base, "resolve_closure", lambda *_, **__: (package,))
     monkeypatch.setattr(base, "fetch_all", lambda *_, **__: None)
     return base.plan(SPEC, Arch.ARM64, {}, cache, SilentReporter())
@@ -308,6 +310,39 @@ def test_layer_is_named_by_what_goes_in(tmp_path: Path, monkeypatch: pytest.Monk
     assert one.layer.parent.is_dir()
     monkeypatch.setattr(base, "RECIPE", base.RECIPE + 1)
     assert planned(monkeypatch, tmp_path, "1" * 64).layer != one.layer
+
+
+@pytest.mark.parametrize(
+    ("alias", "missing", "opened"),
+    [("stable", 1, [False, True]), ("stable", 2, [False, True]), (None, 1, [False])],
+    ids=["the alias does", "the alias does not either", "no alias"],
+)
+def test_packages_that_the_mirror_lacks_are_taken_as_of_the_alias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alias: str | None, missing: int, opened: list[bool]
+) -> None:
+    asked: list[bool] = []
+    left = [NotFound(f"cannot download tool_{number}.deb") for number in range(missing)]
+
+    def fetch(*_: object, **__: object) -> None:
+        if left:
+            raise left.pop(0)
+
+    def open_indexes(*_: object, by_alias: bool) -> list[PackageIndex]:
+        asked.append(by_alias)
+        return []
+
+    monkeypatch.setattr(base, "open_indexes", open_indexes)
+    monkeypatch.setattr(base, "resolve_closure", lambda *_, **__: ())
+    monkeypatch.setattr(base, "fetch_all", fetch)
+    spec = replace(SPEC, repositories=(Repository("trixie", "debian", "http://public.invalid/debian", alias=alias),))
+    listener = Listener()
+    if alias and missing == 1:
+        base.plan(spec, "armel", {}, tmp_path, listener)
+        assert listener.warnings == ["cannot download tool_0.deb: taking the packages as of stable"]
+    else:
+        with pytest.raises(NotFound, match="tool_0"):
+            base.plan(spec, "armel", {}, tmp_path, listener)
+    assert asked == opened
 
 
 def test_apt_sources_list_what_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,18 @@ def test_a_suite_that_stays_out_of_step_is_opened_by_its_alias_and_that_is_said(
     assert suite.listener.warnings == ["trixie is out of step on the mirror: taking its packages as of stable"]
 
 
+def test_a_suite_is_opened_by_its_alias_where_that_is_asked_for(suite: Suite) -> None:
+    publish_out_of_step(suite)
+    suite.repository = replace(TRIXIE, alias="stable")
+    (found,) = open_indexes(
+        [suite.repository],
+        *("arm64", suite.mirrors, [suite.keys.export("archive")], suite.cache, suite.listener),
+        by_alias=True,
+    )
+    assert found.find("hello")
+    assert suite.site.asked(f"{suite.folder}/InRelease") == []
+
+
 def test_an_alias_is_not_asked_for_while_the_suite_will_do(suite: Suite) -> None:
     suite.repository = replace(TRIXIE, alias="stable")
     suite.publish()
