@@ -113,15 +113,19 @@ def send_tar(
     Raises UnpackError when the guest cannot unpack it.
     """
     with borrow_inbox(channel) as inbox:
-        if inbox is None:
-            return None
-        try:
-            with report.meter("context", None) as meter:
-                write_tar(Counted(inbox, meter))
-            sealed = inbox.seal()
-        except NoRoom:
+        if inbox is None or (sealed := fill(inbox, write_tar, report)) is None:
             return None
         return sealed.size if unpack(session, sealed, folder, option, report) else None
+
+
+def fill(inbox: Inbox, feed: Feed, report: Reporter) -> Sealed | None:
+    """Write all of a feed to the inbox, and seal it; None where that has no room for it."""
+    try:
+        with report.meter("context", None) as meter:
+            feed(Counted(inbox, meter))
+        return inbox.seal()
+    except NoRoom:
+        return None
 
 
 @contextmanager

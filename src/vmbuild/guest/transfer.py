@@ -13,10 +13,10 @@ from vmbuild.guest.channel import (
     Channel,
     Counted,
     Inbox,
-    NoRoom,
     Sealed,
     UnpackError,
     borrow_inbox,
+    fill,
     send_tar,
     take_file,
     unpack,
@@ -136,11 +136,7 @@ class _Once:
     def fill(self, inbox: Inbox, report: Reporter) -> Sealed | None:
         """Write all of it to the inbox; None where that has no room for it."""
         try:
-            with report.meter("context", None) as meter:
-                self.feed(Counted(inbox, meter))
-            return inbox.seal()
-        except NoRoom:
-            return None
+            return fill(inbox, self.feed, report)
         finally:
             self._inbox = inbox
 

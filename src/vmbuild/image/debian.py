@@ -148,6 +148,8 @@ def _open_at(
     try:
         return open_as(first)
     except _OutOfStep as error:
+        if first == repository.alias:
+            raise error.problem from None
         return _open_alias(open_as, repository, error.problem, report)
 
 
