@@ -145,15 +145,6 @@ def based(machine: Cli) -> Cli:
     return machine
 
 
-def name_suite_by_alias(program: Cli, folder: Path, platforms: tuple[str, ...]) -> None:
-    """Have apt in the base image use its suite by the other name, where a mirror has it out of step."""
-    context = folder / "alias"
-    context.mkdir()
-    names = "/^$/,$d; s/^Suites: trixie$/Suites: stable/"  # what comes behind the first source are updates
-    (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN sed -i '{names}' /etc/apt/sources.list.d/debian.sources\n")
-    program.ok("build", str(context), "-t", BASE, "--platform", ",".join(platforms))
-
-
 def on_terminal(program: Cli, script: str) -> pexpect.spawn[bytes]:
     """Run a shell script on a terminal of its own, `vmbuild` on its PATH."""
     env = {**program.env, "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}"}

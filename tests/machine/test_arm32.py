@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine.conftest import BASE, EXAMPLES, Cli, name_suite_by_alias
+from tests.machine.conftest import BASE, EXAMPLES, Cli
 from tests.machine.readdir32 import LIST_FRESH_FOLDER, compile_readdir32, fill_folder
 
 pytestmark = [
@@ -78,9 +78,8 @@ def test_what_it_builds_is_for_32_bits(arm: Cli, readdir32: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_example_is_compiled_in_it(arm: Cli, tmp_path: Path) -> None:
+def test_the_example_is_compiled_in_it(arm: Cli) -> None:
     arm.ok("base", BASE)
-    name_suite_by_alias(arm, tmp_path, ("linux/arm/v7",))
     arm.ok("build", str(EXAMPLES / "hello"), "-t", "hello:1", timeout_s=1500)
     assert arm.guest("docker run --rm hello:1") == "Hello from armv7l, a program of 32 bits\n"
 

@@ -195,11 +195,12 @@ def _plan(
 def _source(index: PackageIndex) -> str:
     """Return the apt source of a repository that was opened: apt-get update fails when one that is listed is not there.
 
+    The suite has the name that it was opened by: under the other the mirror is out of step for apt too.
     The URL is the host's: a guest reaches the host's loopback elsewhere, and an image is no place for credentials.
     """
     repository = index.repository
     return (
-        f"Types: deb\nURIs: {seen_from_guest(without_credentials(index.url))}\nSuites: {repository.suite}\n"
+        f"Types: deb\nURIs: {seen_from_guest(without_credentials(index.url))}\nSuites: {index.suite}\n"
         f"Components: {' '.join(repository.components)}\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     )
 

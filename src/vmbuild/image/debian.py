@@ -137,7 +137,7 @@ def _open_at(
             paths = [_fetch_part(release, suite_url, part, arch, cache, report) for part in repository.components]
         except (WrongDigest, NotFound) as error:
             raise _OutOfStep(_out_of_step(error, suite_url)) from error
-        return PackageIndex(_decompress(paths), url, repository)
+        return PackageIndex(_decompress(paths), url, repository, name)
 
     for pause in RETRY_PAUSES_S:
         try:

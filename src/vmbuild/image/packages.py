@@ -86,10 +86,14 @@ def parse_relations(text: str) -> list[list[Relation]]:
 class PackageIndex:
     """One `Packages` file. Stanzas are found by regex and parsed only when asked for: there are 68,000 of them."""
 
-    def __init__(self, data: bytes | bytearray, url: str, repository: Repository) -> None:
-        """Take the file's content, the URL it came from, which package file names are relative to, and whose it is."""
+    def __init__(self, data: bytes | bytearray, url: str, repository: Repository, suite: str | None = None) -> None:
+        """Take the file's content, the URL it came from, which package file names are relative to, and whose it is.
+
+        `suite` is the name that the suite was opened by, where that is not the repository's first.
+        """
         self.url = url
         self.repository = repository
+        self.suite = suite or repository.suite
         self._data = data if data.startswith(b"\n") else b"\n" + data  # every stanza begins after a newline
 
     def find(self, name: str) -> Package | None:

@@ -352,8 +352,11 @@ def test_apt_sources_list_what_was_opened(tmp_path: Path, monkeypatch: pytest.Mo
         "Types: deb\nURIs: http://mirror.invalid/debian\nSuites: trixie\nComponents: main contrib\n"
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
     )
-    opened.append(PackageIndex(b"", "http://mirror.invalid/debian", Repository("trixie-updates", "debian", "")))
-    assert "\n\nTypes: deb\n" in planned(monkeypatch, tmp_path, "1" * 64, opened).sources
+    updates = Repository("trixie-updates", "debian", "", alias="stable-updates")
+    opened.append(PackageIndex(b"", "http://mirror.invalid/debian", updates, "stable-updates"))
+    _, second = planned(monkeypatch, tmp_path, "1" * 64, opened).sources.split("\n\n")
+    assert second.startswith("Types: deb\n")
+    assert "\nSuites: stable-updates\n" in second
 
 
 @pytest.mark.parametrize(

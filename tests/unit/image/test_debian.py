@@ -238,8 +238,10 @@ def test_a_suite_that_stays_out_of_step_is_opened_by_its_alias_and_that_is_said(
         suite.open()
     assert suite.site.asked("/debian/dists/stable/InRelease") == []
     suite.repository = replace(TRIXIE, alias="stable")
-    found = suite.open().find("hello")
+    opened = suite.open()
+    found = opened.find("hello")
     assert found is not None and found.version == "1"
+    assert opened.suite == "stable"
     assert suite.listener.warnings == ["trixie is out of step on the mirror: taking its packages as of stable"]
 
 
@@ -252,6 +254,7 @@ def test_a_suite_is_opened_by_its_alias_where_that_is_asked_for(suite: Suite) ->
         by_alias=True,
     )
     assert found.find("hello")
+    assert found.suite == "stable"
     assert suite.site.asked(f"{suite.folder}/InRelease") == []
 
 
