@@ -145,6 +145,15 @@ def based(machine: Cli) -> Cli:
     return machine
 
 
+def leave_out_updates(program: Cli, folder: Path, platforms: tuple[str, ...]) -> None:
+    """Have apt in the base image read the release alone: a mirror may have the updates' lists out of step for days."""
+    context = folder / "release"
+    context.mkdir()
+    first_alone = "sed -i '/^$/,$d' /etc/apt/sources.list.d/debian.sources"
+    (context / "Dockerfile").write_text(f"FROM {BASE}\nRUN {first_alone}\n")
+    program.ok("build", str(context), "-t", BASE, "--platform", ",".join(platforms))
+
+
 def on_terminal(program: Cli, script: str) -> pexpect.spawn[bytes]:
     """Run a shell script on a terminal of its own, `vmbuild` on its PATH."""
     env = {**program.env, "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.machine.conftest import BASE, EXAMPLES, Cli
+from tests.machine.conftest import BASE, EXAMPLES, Cli, leave_out_updates
 
 pytestmark = pytest.mark.machine
 
@@ -109,6 +109,7 @@ CPU_ARCH = {"aarch64": "AArch64", "armv7l": "v7", "armv6l": "v6"}
 def hello(bases: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of examples/hello for all platforms, beside the log of its build."""
     folder = tmp_path_factory.mktemp("hello")
+    leave_out_updates(bases, folder, tuple(PLATFORMS))
     options = ("--platform", ",".join(PLATFORMS), "--progress", "plain", "-o", str(folder / "hello.tar"))
     (folder / "log").write_text(bases.ok("build", str(EXAMPLES / "hello"), *options, timeout_s=1500).err)
     return folder / "hello.tar"
