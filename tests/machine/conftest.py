@@ -99,7 +99,8 @@ class Cli:
 FIRST = (
     *("test_suspend.py", "test_quickstart.py", "test_up.py", "test_build.py", "test_platforms.py"),
     *("test_ci_recipes.py", "test_snapshot.py", "test_ways_in.py", "test_dockerfiles.py", "test_arm32.py"),
-    *("test_passed_on.py", "test_ways_out.py", "test_bench.py", "test_resources.py", "test_docker_host.py"),
+    *("test_docker_clients.py", "test_passed_on.py", "test_ways_out.py", "test_bench.py", "test_resources.py"),
+    "test_docker_host.py",
 )
 """The files that take longest, longest first; but those that the first workers begin with do not all want the base
 image, which one makes and the others would wait for.

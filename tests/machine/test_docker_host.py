@@ -6,12 +6,10 @@ import io
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import jsonschema
 import pytest
 
 from tests.machine.conftest import CLI, Cli, interrupt, on_terminal, wait_until
+from tests.machine.host_client import fetch, free_port, run_docker
 from vmbuild import schemas
 
 pytestmark = pytest.mark.machine
@@ -38,31 +37,10 @@ def env(machine: Cli) -> dict[str, str]:
     return env
 
 
-def run_docker(env: dict[str, str], *args: str, stdin: bytes = b"") -> bytes:
-    """Run this host's docker client."""
-    done = subprocess.run(["docker", *args], env=env, input=stdin, capture_output=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
-
-
 def serve_in_container(env: dict[str, str], port: int) -> str:
     """Start a container with a small server in it, published at a port; return its id."""
     script = f"while true; do printf 'HTTP/1.0 200 OK\\r\\n\\r\\nfrom the guest' | {BUSYBOX} nc -l -p 80; done"
     return run_docker(env, "run", "-d", "-p", f"{port}:80", IMAGE, "sh", "-c", script).decode().strip()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def fetch(port: int) -> bytes:
-    """Return what a server of the guest says on this host's loopback, nothing when nobody answers."""
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as client:
-        client.settimeout(5)
-        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        return b"".join(iter(lambda: client.recv(4096), b""))
-    return b""
 
 
 def test_a_shell_that_evaluates_it_reaches_the_guests_docker(machine: Cli, env: dict[str, str]) -> None:

@@ -78,22 +78,28 @@ def test_fish_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_words_of_each_shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dockerhost, "open_socket", lambda name, *_: DockerHost(name, Path("/r/d.sock")))
     monkeypatch.setenv("DOCKER_CONTEXT", "other")
+    monkeypatch.setenv("BUILDX_BUILDER", "another")
     assert printed(capsys).splitlines() == [
         "unset DOCKER_CONTEXT",
+        "unset BUILDX_BUILDER",
         "export DOCKER_HOST=unix:///r/d.sock",
         "export TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE=/var/run/docker.sock",
         "export TESTCONTAINERS_HOST_OVERRIDE=127.0.0.1",
+        "export TESTCONTAINERS_CONNECTION_MODE=docker_host",
         '# eval "$(vmbuild env)"',
     ]
     assert printed(capsys, "--shell", "fish", "box").splitlines() == [
         "set -e DOCKER_CONTEXT;",
+        "set -e BUILDX_BUILDER;",
         "set -gx DOCKER_HOST 'unix:///r/d.sock';",
         "set -gx TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE '/var/run/docker.sock';",
         "set -gx TESTCONTAINERS_HOST_OVERRIDE '127.0.0.1';",
+        "set -gx TESTCONTAINERS_CONNECTION_MODE 'docker_host';",
         "# vmbuild env box | source",
     ]
-    assert printed(capsys, "--shell", "powershell").splitlines()[:2] == [
+    assert printed(capsys, "--shell", "powershell").splitlines()[:3] == [
         "Remove-Item -ErrorAction Ignore Env:\\DOCKER_CONTEXT",
+        "Remove-Item -ErrorAction Ignore Env:\\BUILDX_BUILDER",
         "$Env:DOCKER_HOST = 'unix:///r/d.sock'",
     ]
 

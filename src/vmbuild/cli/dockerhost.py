@@ -17,8 +17,12 @@ from vmbuild.cli.options import as_json, name_argument, name_option, read_settin
 from vmbuild.errors import UsageError
 
 GUEST_SOCKET = "/var/run/docker.sock"
-CONTRADICTING = ("DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_API_VERSION")
-"""What makes a client ask elsewhere, or in another way, although DOCKER_HOST is set (docker's cli, cli/command)."""
+CONTRADICTING = (
+    *("DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_API_VERSION"),
+    "BUILDX_BUILDER",
+)
+"""What makes a client ask elsewhere, or in another way, although DOCKER_HOST is set (docker's cli, cli/command; buildx,
+commands/root.go)."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,14 @@ def variables(socket: Path) -> dict[str, str]:
     """Return what makes Docker's clients use a socket.
 
     Testcontainers mounts Docker's socket into a container of its own: there it is where the guest has it. Ports of
-    containers are where `vmbuild forward` opens them.
+    containers are where `vmbuild forward` opens them; in a container itself, as jobs of CI are, its Python would take
+    the guest's gateway for where they are (testcontainers, core/docker_client.py, get_connection_mode).
     """
     return {
         "DOCKER_HOST": f"unix://{socket}",
         "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": GUEST_SOCKET,
         "TESTCONTAINERS_HOST_OVERRIDE": "127.0.0.1",
+        "TESTCONTAINERS_CONNECTION_MODE": "docker_host",
     }
 
 
