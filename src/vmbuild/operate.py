@@ -14,7 +14,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB, LEAST_MEMORY_MIB, grow_disk, set_memory
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, Home, MachineRequest, MachineStatus, format_size
-from vmbuild.reach import connect, existing, running, running_session
+from vmbuild.reach import check_state, connect, existing, running_session
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
 
@@ -139,10 +139,11 @@ def resize(
     """Change a running machine's CPUs, memory and disk. Raises UsageError for what it cannot become while it runs."""
     files = existing(name, home)
     lifetime.check_running(files)
-    _check_size(status(name, home), cpus, memory_mib)
+    now = lifetime.status(files)
+    _check_size(now, cpus, memory_mib)
     if disk_bytes is not None:
         lifetime.check_disk(files, disk_bytes)
-    running(name, home)
+    check_state(files, now)
     if memory_mib is not None:  # by the balloon, so without logging in, which is slow in a guest that is busy
         report.step(f"Setting the memory to {format_size(memory_mib * MIB)}")
         has = set_memory(files, memory_mib, Deadline.after(RESIZE_S))

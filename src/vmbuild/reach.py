@@ -12,7 +12,7 @@ from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import Endpoint, Home
+from vmbuild.model import Endpoint, Home, MachineStatus
 from vmbuild.report import Reporter
 
 
@@ -58,14 +58,18 @@ def channel_of(files: MachineFiles) -> Channel:
 def running(name: str, home: Home) -> MachineFiles:
     """Return the files of a machine that runs. Raises MachineError when it does not."""
     files = MachineFiles.at(home.state, name)
-    state = lifetime.status(files).state
-    if state == "suspended":
-        lifetime.check_alive(files)
-    if state != "running":
-        raise MachineError(
-            f"the machine {name} is not running", resolution=f"Start it with `vmbuild up --name {name}`."
-        )
+    check_state(files, lifetime.status(files))
     return files
+
+
+def check_state(files: MachineFiles, now: MachineStatus) -> None:
+    """Raise MachineError when a machine that is like this does not run."""
+    if now.state == "suspended":
+        lifetime.check_alive(files)
+    if now.state != "running":
+        raise MachineError(
+            f"the machine {now.name} is not running", resolution=f"Start it with `vmbuild up --name {now.name}`."
+        )
 
 
 @contextmanager

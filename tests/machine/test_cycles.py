@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +71,15 @@ def _environment(pid: int) -> list[bytes]:
 
 
 @pytest.fixture
-def cycling(cli: Cli, tmp_path: Path) -> CyclingCli:
+def cycling(cli: Cli, tmp_path: Path) -> Iterator[CyclingCli]:
     """The program, and its guest image, with no other test beside it."""
     program = CyclingCli(tmp_path / "cache", tmp_path / "state", "cycling")
     shutil.copytree(cli.cache / "images", program.cache / "images")
     program.state.mkdir()
     program.scratch.mkdir()
     program.ok("images", "snapshot")
-    return program
+    yield program
+    program.run("destroy", "--yes")
 
 
 @pytest.mark.timeout(5400)

@@ -74,10 +74,14 @@ def test_docker_gets_into_a_disk_of_every_package_system(system: str) -> None:
     assert f"\nWANTED_{system}=" in script
 
 
-def test_a_disk_is_told_of_docker_what_the_appliance_is_but_for_containerd() -> None:
-    """Where a distribution's own unit names containerd already, naming it twice keeps dockerd from starting."""
+def test_a_disk_is_told_of_docker_what_the_appliance_is_but_for_containerd_and_the_firewall() -> None:
+    """Where a distribution's own unit names containerd already, naming it twice keeps dockerd from starting.
+
+    A distribution's firewall is its own affair; the appliance has the one rule that containers need.
+    """
     appliance, disk = (json.loads((root / "etc/docker/daemon.json").read_text()) for root in (ROOT, DISK / "root"))
     assert appliance.pop("containerd")
+    assert appliance.pop("iptables") is False and "-j MASQUERADE" in (ROOT / "usr/lib/vmbuild/boot").read_text()
     assert disk == appliance
 
 

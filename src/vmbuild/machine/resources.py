@@ -22,7 +22,7 @@ def set_memory(files: MachineFiles, memory_mib: int, deadline: Deadline) -> int:
     """
     now = _ask(files, memory_mib)
     while abs(now - memory_mib) > CLOSE_ENOUGH_MIB and not deadline.passed:
-        deadline.sleep(0.1)
+        deadline.sleep(0.03)
         now = _ask(files, memory_mib)
     return now
 
