@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -230,6 +230,7 @@ def _start_making(shape: Shape, key: str, request: MachineRequest, home: Home) -
 
 def asking_for(request: MachineRequest, cache: Path) -> dict[str, str]:
     """Return this process's environment, in which another vmbuild asks for such a machine."""
+    passed = request.pass_on
     settings = {
         "CPUS": str(request.cpus),
         "MEMORY": f"{request.memory_mib}M",
@@ -238,8 +239,22 @@ def asking_for(request: MachineRequest, cache: Path) -> dict[str, str]:
         "MIRROR": request.mirror,
         "SECURITY_MIRROR": request.security_mirror,
         "CACHE_DIR": str(cache),
+        "PROXY": _switch(passed.proxy),
+        "CA": _listed(passed.authorities),
+        "REGISTRY_MIRRORS": _listed(passed.registry_mirrors),
+        "INSECURE_REGISTRIES": _listed(passed.insecure_registries),
+        "HOST_PORTS": _listed(passed.host_ports),
+        "LOGINS": _switch(passed.logins),
     }
     return {**os.environ, **{f"VMBUILD_{name}": value for name, value in settings.items()}}
+
+
+def _switch(is_on: bool) -> str:
+    return "on" if is_on else "off"
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ",".join(map(str, values)) or "off"
 
 
 def _has_room(request: MachineRequest, home: Home) -> bool:

@@ -26,6 +26,7 @@ from vmbuild.machine.snapshot import Snapshot
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import Arch, Home, MachineRequest, PassOn
 from vmbuild.report import SilentReporter
+from vmbuild.settings import resolve
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
 
@@ -90,6 +91,30 @@ def test_the_first_start_boots_and_has_a_snapshot_made(home: Home, makers: list[
     assert (maker["VMBUILD_ARCH"], maker["VMBUILD_IMAGE"]) == ("arm64", "debian-13-arm64")
     assert up(home) == []  # it runs
     assert len(makers) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"proxy": "off", "ca": "off", "logins": "off"},
+        {
+            "ca": "{folder}/a.pem,{folder}/b.pem",
+            "registry_mirrors": "http://one.example:5000,https://two.example",
+            "insecure_registries": "three.example:5000",
+            "host_ports": "5000,5001",
+        },
+    ],
+    ids=["defaults", "off", "named"],
+)
+def test_another_vmbuild_is_asked_for_the_same_machine(tmp_path: Path, flags: dict[str, str]) -> None:
+    for name in ("a.pem", "b.pem"):
+        (tmp_path / name).touch()
+    given = {key: text.format(folder=tmp_path) for key, text in flags.items()}
+    asked = resolve(given, {}, tmp_path, tmp_path / "none").as_request()
+    again = resolve({}, start.asking_for(asked, tmp_path), tmp_path, tmp_path / "none").as_request()
+    assert again.pass_on == asked.pass_on
+    assert (again.cpus, again.memory_mib, again.timeout_s) == (asked.cpus, asked.memory_mib, asked.timeout_s)
 
 
 def test_what_is_passed_on_reaches_a_guest_that_is_ready_whether_it_ran_or_not(
