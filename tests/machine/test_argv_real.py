@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,7 +93,8 @@ def test_a_hundred_starts_and_stops_leave_nothing(spec: MachineSpec, qemu: Qemu,
         assert pid is not None and facts is not None
         pids[pid] = facts.uuid
         if number % 2:
-            process.stop(pid, grace_s=0)  # every other one is killed, as a host that is out of memory would
+            os.kill(pid, signal.SIGKILL)  # every other one, as a host that is out of memory would
+            assert process.wait_gone(pid, Deadline.after(30))
         lifetime.stop(files, Deadline.after(5))
     assert sorted(path for path in files.folder.iterdir() if path.suffix != ".1") == [
         path for path in before if path.suffix != ".1"
