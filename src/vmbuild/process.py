@@ -235,8 +235,19 @@ def talking(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: P
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process exists and is not a zombie."""
-    return _proc_column(pid, "state=") not in ("", "Z")
+    """Tell whether a process exists and is not a zombie.
+
+    One that was killed is a zombie before its last threads are gone; until then they hold its files and their locks.
+    """
+    state = _proc_column(pid, "state=")
+    return state not in ("", "Z") or (state == "Z" and _has_threads(pid))
+
+
+def _has_threads(pid: int) -> bool:
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def command_line(pid: int) -> str:

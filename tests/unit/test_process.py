@@ -16,6 +16,22 @@ from vmbuild.errors import HostError
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
+HEADLESS = """
+import ctypes, os, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(0))).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def headless() -> subprocess.Popen[bytes]:
+    """Start a program whose first thread has ended and whose second goes on until its input does."""
+    child = subprocess.Popen([sys.executable, "-c", HEADLESS], stdin=subprocess.PIPE)
+    end = Deadline.after(10)
+    while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert not end.passed
+        end.sleep(0.01)
+    return child
+
 
 def test_run_returns_standard_output() -> None:
     assert process.run(["cat"], stdin=b"in") == b"in"
@@ -122,6 +138,17 @@ def test_a_zombie_is_not_alive() -> None:
     assert not process.is_alive(child.pid)
     assert child.wait() == 0
     assert not process.is_alive(child.pid)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a process's threads are seen in Linux' /proc")
+def test_who_is_killed_is_alive_while_a_thread_of_it_is() -> None:
+    child = headless()
+    assert child.stdin is not None
+    assert process.command_line(child.pid) == ""
+    assert process.is_alive(child.pid)
+    child.stdin.close()
+    assert process.wait_gone(child.pid, Deadline.after(10))
+    assert child.wait() == 0
 
 
 def test_stop_kills_who_does_not_listen_and_is_harmless_twice() -> None:

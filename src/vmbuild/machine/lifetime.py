@@ -41,6 +41,9 @@ ROOM_BYTES = 64 * MIB
 ANSWER_S = 10.0
 """How long a QEMU that runs may take to answer on its monitor."""
 
+ENDING_S = 10.0
+"""How long a QEMU that was killed may take to give its memory back, and with it the lock on its disk."""
+
 QUIT_S = 5.0
 """How long each rude way to end QEMU may take before a ruder one is tried."""
 
@@ -231,6 +234,9 @@ def _clear_runtime(files: MachineFiles) -> None:
     pid = find_pid(files)
     if pid is not None:
         raise MachineError(f"the machine {files.name} still runs", details=f"process {pid}")
+    last = _read_pid(files)
+    if last is not None and not process.command_line(last):  # killed a moment ago: it holds the disk while it ends
+        process.wait_gone(last, Deadline.after(ENDING_S))
     for path in files.runtime:
         path.unlink(missing_ok=True)
 
@@ -257,12 +263,17 @@ def find_pid(files: MachineFiles) -> int | None:
 
 
 def _pid_by(files: MachineFiles, facts: Facts | None) -> int | None:
+    pid = _read_pid(files)
+    if pid is None or facts is None:
+        return None
+    return pid if facts.uuid in process.command_line(pid) and process.is_alive(pid) else None
+
+
+def _read_pid(files: MachineFiles) -> int | None:
     try:
-        pid = int(files.pid.read_text())
+        return int(files.pid.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    ours = facts is not None and facts.uuid in process.command_line(pid) and process.is_alive(pid)
-    return pid if ours else None
 
 
 def status(files: MachineFiles) -> MachineStatus:

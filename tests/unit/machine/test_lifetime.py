@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.machine.conftest import make_qemu, make_spec, soon
+from tests.unit.test_process import headless
 from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, UsageError
@@ -162,6 +163,16 @@ def test_a_stubborn_qemu_is_killed(files: MachineFiles, monkeypatch: pytest.Monk
     pid = start(files)
     lifetime.stop(files, soon())
     assert not process.is_alive(pid)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a process's threads are seen in Linux' /proc")
+def test_a_start_waits_for_a_qemu_that_was_killed_and_is_not_gone(files: MachineFiles) -> None:
+    child = headless()
+    assert child.stdin is not None
+    files.pid.write_text(str(child.pid))
+    threading.Timer(0.5, child.stdin.close).start()
+    start(files)
+    assert child.poll() == 0
 
 
 def test_the_guest_is_asked_first(files: MachineFiles) -> None:
