@@ -154,6 +154,7 @@ def test_its_phases_are_told(world: World) -> None:
         "Installing Docker",
         "Starting Docker",
         "Waiting for the guest",
+        "Waiting for Docker",
         "Removing what the first boot left behind",
         "Keeping the disk",
     ]

@@ -75,6 +75,7 @@ def wait_ready(
     session = connect_when_up(connect, check_alive, deadline)
     try:
         _succeeds(clock.setting_to(time.time()), session, check_alive, deadline)
+        report.step("Waiting for Docker")
         for check in CHECKS:
             _wait_for(check, session, check_alive, deadline)
     except BaseException:

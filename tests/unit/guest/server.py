@@ -92,8 +92,9 @@ def run_command(channel: paramiko.Channel, command: bytes) -> None:
         stdin.close()
 
     def errors() -> None:
-        while data := stderr.read(65536):
-            channel.sendall_stderr(data)
+        with suppress(OSError, EOFError):
+            while data := stderr.read(65536):
+                channel.sendall_stderr(data)
 
     threads = [threading.Thread(target=target, daemon=True) for target in (feed, errors)]
     for thread in threads:
