@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from typing import TYPE_CHECKING
 
 from vmbuild.errors import UsageError
+
+if TYPE_CHECKING:  # else when there is a certificate: few hosts have any, and it takes long to load
+    from cryptography import x509
 
 AUTO = "auto"
 OFF = "off"
@@ -101,6 +102,9 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 def _parsed(certificates: Iterable[bytes]) -> Iterator[tuple[bytes, Authority]]:
     for der in certificates:
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import Encoding
+
         try:
             made = x509.load_der_x509_certificate(der)
             yield der, Authority(_name_of(made), made.public_bytes(Encoding.PEM).decode())
@@ -109,7 +113,9 @@ def _parsed(certificates: Iterable[bytes]) -> Iterator[tuple[bytes, Authority]]:
 
 
 def _name_of(certificate: x509.Certificate) -> str:
-    names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    from cryptography.x509 import NameOID
+
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     text = str(names[0].value) if names else certificate.subject.rfc4514_string()
     return "".join(letter for letter in text if letter.isprintable()) or "without a name"
 

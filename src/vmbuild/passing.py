@@ -48,6 +48,11 @@ def trust_here(request: MachineRequest) -> None:
     trust.trust_also("".join(each.pem for each in find_authorities(request)))
 
 
+def check_named(request: MachineRequest) -> None:
+    """See that the certificates that somebody named are there, before anything is begun. Raises UsageError."""
+    authorities.find((word for word in request.pass_on.authorities if word != authorities.AUTO), os.environ)
+
+
 def find_authorities(request: MachineRequest) -> list[authorities.Authority]:
     """Return the authorities of this host that a guest shall trust. Raises UsageError."""
     return authorities.find(request.pass_on.authorities, os.environ, [Path(certifi.where())])

@@ -49,7 +49,7 @@ SPARE_BYTES = GIB
 @contextmanager
 def open_session(request: MachineRequest, home: Home, report: Reporter) -> Iterator[Session]:
     """Yield a session in a guest that is ready, starting the machine when it does not run."""
-    trusted = passing.find_authorities(request)
+    passing.check_named(request)
     if is_place(request.image):
         passing.trust_here(request)
         request = replace(request, image=given.find_row(request.image, home.cache).name)
@@ -62,7 +62,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
             dockerhost.reopen(files, report)
         session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
         with lifetime.lock(files, report):
-            passing.to_guest(session, request, trusted, report, is_new=is_new)
+            passing.to_guest(session, request, passing.find_authorities(request), report, is_new=is_new)
         yield session
     finally:
         if session is not None:

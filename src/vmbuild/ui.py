@@ -9,26 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
 from rich.text import Text
 
 from vmbuild.errors import HostError, VmbuildError
 from vmbuild.model import format_size
 from vmbuild.report import Meter
+
+if TYPE_CHECKING:  # else where they are drawn: few commands draw one
+    from rich.progress import ProgressColumn
+    from rich.table import Table
 
 PLAIN_EVERY_S = 5.0
 MAX_DETAIL_LINES = 40
@@ -68,6 +60,16 @@ class TerminalReporter:
 
 @contextmanager
 def _bar(console: Console, label: str, total: int | None, unit: str) -> Iterator[Meter]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     numbers: list[ProgressColumn] = (
         [DownloadColumn(binary_units=True), TransferSpeedColumn()]
         if unit == "B"
@@ -188,6 +190,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    from rich.table import Table
+
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text("-" if cell is None else str(cell), overflow="fold") for cell in row))
@@ -201,6 +205,8 @@ def show_rounds(columns: Sequence[str], rounds: Iterable[Iterable[Sequence[objec
         for rows in rounds:
             print_table(columns, list(rows))
         return
+    from rich.live import Live
+
     with Live(console=console, auto_refresh=False) as live:
         for rows in rounds:
             with _blaming_stdout():

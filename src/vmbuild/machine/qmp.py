@@ -1,16 +1,16 @@
-"""A small synchronous face on QMP. The only importer of qemu.qmp."""
+"""A small synchronous face on QMP. The only importer of qemu.qmp.
+
+That, and asyncio, are loaded when it connects: QEMU, which has just been started, takes its time then too.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
@@ -26,6 +26,10 @@ class Qmp:
 
     def __init__(self, path: Path, deadline: Deadline) -> None:
         """Connect and negotiate. Raises MachineError when nobody answers before the deadline."""
+        import asyncio
+
+        from qemu.qmp import ConnectError, QMPClient
+
         self._deadline = deadline
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vmbuild")
@@ -41,6 +45,10 @@ class Qmp:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        import asyncio
+
+        from qemu.qmp import QMPError
+
         try:
             self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), 2))
         except (QMPError, OSError, EOFError, TimeoutError):
@@ -50,6 +58,8 @@ class Qmp:
 
     def execute(self, command: str, **arguments: object) -> Any:
         """Run a QMP command and return what it returns. Raises MachineError when QEMU refuses or goes away."""
+        from qemu.qmp import ExecuteError, QMPError
+
         try:
             return self._wait(self._client.execute(command, arguments or None))
         except ExecuteError as error:
@@ -63,6 +73,8 @@ class Qmp:
 
     def send_file(self, name: str, handle: int) -> None:
         """Hand QEMU an open file, by a name for use in later commands. Raises MachineError."""
+        from qemu.qmp import QMPError
+
         try:
             self._client.send_fd_scm(handle)
         except (QMPError, OSError) as error:
@@ -70,6 +82,8 @@ class Qmp:
         self.execute("getfd", fdname=name)
 
     def _wait(self, work: Any) -> Any:
+        import asyncio
+
         return self._loop.run_until_complete(asyncio.wait_for(work, self._deadline.remaining_s()))
 
 
