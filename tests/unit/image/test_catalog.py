@@ -55,6 +55,13 @@ def test_a_kernel_comes_from_the_repositories_unless_it_has_its_own(tmp_path: Pa
         load_image("debian-13-arm64", [write_image(tmp_path / "own", text)])
 
 
+def test_a_repository_may_be_there_for_some_packages_only(tmp_path: Path) -> None:
+    text = SHIPPED.replace('suite = "trixie-updates"', 'suite = "trixie-updates"\nonly = ["docker.io", "crun"]')
+    spec = load_image("debian-13-arm64", [write_image(tmp_path / "own", text)])
+    assert isinstance(spec, ApplianceSpec)
+    assert [repository.only for repository in spec.repositories] == [(), ("docker.io", "crun"), ()]
+
+
 def test_every_shipped_row_is_sound() -> None:
     assert "debian-13-arm64" in [spec.name for spec in list_images()]
     appliances = [row for row in list_images() if isinstance(row, ApplianceSpec)]
@@ -103,6 +110,12 @@ def test_guest_files_and_keys_beside_a_users_file_win(tmp_path: Path) -> None:
         ('mirror = "debian"', 'mirror = "ubuntu"', "repositories.mirror", "'debian-security'"),
         ('suite = "trixie"', 'suit = "trixie"', "repositories.suite", "missing"),
         ('suite = "trixie"', 'suite = ""', "repositories.suite", "empty"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = "docker.io"', "repositories.only", "list of texts"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = [7]', "repositories.only", "list of texts"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = []', "repositories.only", "one or more names of packages"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = ["a1", ""]', "repositories.only", "is ['']"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = ["Docker.io"]', "repositories.only", "is ['Docker.io']"),
+        ('suite = "trixie"', 'suite = "trixie"\nonyl = ["docker.io"]', "repositories.onyl", "not a key"),
         ("[boot]", "[boots]", "boot", "missing"),
         ('cpu_model = "cortex-a76"', 'cpu_modell = "x"\ncpu_model = "cortex-a76"', "boot.cpu_modell", "not a key"),
         ("keys/debian-archive-trixie-stable.gpg", "keys/none.gpg", "keyrings", "not there"),
