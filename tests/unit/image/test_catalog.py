@@ -41,6 +41,21 @@ def test_the_image_of_32_bit_machines_loads() -> None:
     assert [repository.suite for repository in spec.kernel_repositories] == ["bookworm", "bookworm-security"]
 
 
+@pytest.mark.parametrize("arch", Arch)
+def test_debian_12s_appliance_is_debian_13s_but_for_its_release_and_what_starts_containers(arch: Arch) -> None:
+    older, newer = (load_image(f"debian-{release}-{arch}") for release in (12, 13))
+    assert isinstance(older, ApplianceSpec) and isinstance(newer, ApplianceSpec)
+    assert set(older.packages) ^ set(newer.packages) == {"crun", "runc"}
+    assert set(newer.exclude) - set(older.exclude) == {"./usr/sbin/runc"}
+    for key in ("arch", "kernel", "kernel_args", "without", "machine_type", "cpu_model", "guest_files"):
+        assert getattr(older, key) == getattr(newer, key), key
+    assert set(newer.modules) <= set(older.modules)
+    assert (older.repositories[0].suite, older.repositories[0].only) == ("bookworm", ())
+    assert {one.suite.partition("-")[0] for one in older.repositories if not one.only} == {"bookworm"}
+    assert {one.suite.partition("-")[0] for one in older.repositories if one.only} == {"trixie"}
+    assert {keyring.name for keyring in newer.keyrings} <= {keyring.name for keyring in older.keyrings}
+
+
 def test_every_shipped_architecture_has_its_default_image() -> None:
     assert {arch: load_image(defaults.image).arch for arch, defaults in ARCH_DEFAULTS.items()} == {
         arch: arch for arch in Arch
