@@ -109,9 +109,9 @@ def _start(files: MachineFiles, path: Path) -> None:
 
 def _argv(files: MachineFiles) -> list[str]:
     mark = _mark(files)
-    if not process.has_program("ssh"):
-        return [sys.executable, "-m", "vmbuild", "env", "--name", files.name, "--serve", mark]
     endpoint = endpoint_of(files)
+    if not process.has_program("ssh") or not forward.can_carry(endpoint, Deadline.after(ANSWER_S)):
+        return [sys.executable, "-m", "vmbuild", "env", "--name", files.name, "--serve", mark]
     write_whole(files.known_hosts, forward.known_hosts_line(mark, endpoint.host_public_key.read_text()).encode())
     return forward.ssh_argv(endpoint, mark, files.known_hosts, files.docker_socket)
 
@@ -148,7 +148,7 @@ def _check_private(folder: Path) -> None:
 
 
 def serve(name: str, home: Home, mark: str) -> None:
-    """Be the program behind the socket where the host has no OpenSSH, until this start of the machine has ended."""
+    """Be the program behind the socket where OpenSSH's client cannot be, until this start of the machine has ended."""
     files = existing(name, home)
     session = connect(files, Deadline.after(ANSWER_S))
     try:

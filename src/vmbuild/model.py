@@ -122,6 +122,7 @@ class Repository:
     `mirror` names the mirror setting that it follows (`debian` or `debian-security`); `public_url` is the default.
     An `optional` repository that cannot be reached costs a warning, not the guest image. `alias` is the suite's other
     name (`stable` of `trixie`), for a mirror whose package index and Release file are out of step by the first.
+    `only` are the packages that are taken from it; all of them where it is empty.
     """
 
     suite: str
@@ -130,6 +131,7 @@ class Repository:
     components: tuple[str, ...] = ("main",)
     optional: bool = False
     alias: str | None = None
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

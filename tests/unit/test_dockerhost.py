@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from vmbuild.guest import forward, relay
 from vmbuild.guest.keys import ensure_key
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import Home
+from vmbuild.model import Endpoint, Home
 from vmbuild.report import SilentReporter
 
 
@@ -88,8 +90,6 @@ def test_the_real_client_is_told_to_trust_this_guest_alone(home: Home, files: Ma
 
 
 def test_argv() -> None:
-    from vmbuild.model import Endpoint
-
     endpoint = Endpoint("127.0.0.1", 1234, "root", Path("/m/id"), Path("/m/host.pub"))
     argv = forward.ssh_argv(endpoint, "vmbuild-x", Path("/m/known_hosts"), Path("/m/docker.sock"))
     assert argv[:5] == ["ssh", "-F", "none", "-N", "-T"]
@@ -206,6 +206,40 @@ def test_without_openssh_vmbuild_carries_it_itself(
     monkeypatch.setattr(process, "has_program", lambda _: False)
     argv = dockerhost._argv(files)
     assert argv[1:] == ["-m", "vmbuild", "env", "--name", "box", "--serve", dockerhost._mark(files)]
+
+
+@pytest.mark.parametrize(
+    ("greeting", "expected"),
+    [
+        (b"SSH-2.0-dropbear_2022.83\r\n", False),
+        (b"SSH-2.0-dropbear_2019.78\r\n", False),
+        (b"SSH-2.0-dropbear_2024.84\r\n", True),
+        (b"SSH-2.0-dropbear_2025.89\r\n", True),
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u10\r\n", True),
+        (b"", True),
+    ],
+)
+def test_an_old_dropbear_opens_no_sockets_for_ssh(greeting: bytes, expected: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = Endpoint("127.0.0.1", server.getsockname()[1], "root", Path("/m/id"), Path("/m/host.pub"))
+
+        def greet() -> None:
+            client, _ = server.accept()
+            with client:
+                client.sendall(greeting)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        assert forward.can_carry(endpoint, Deadline.after(5)) is expected
+        thread.join()
+    assert forward.can_carry(endpoint, Deadline.after(5)), "nobody is there: ssh shall say so"
+
+
+def test_where_the_guest_opens_no_sockets_vmbuild_carries_it_itself(
+    home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "can_carry", lambda *_: False)
+    assert "--serve" in dockerhost._argv(files)
 
 
 def test_that_ends_with_the_machine(home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:

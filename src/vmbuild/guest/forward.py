@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -17,6 +18,9 @@ OPTIONS = (
     *("ExitOnForwardFailure=yes", "StreamLocalBindMask=0177", "StreamLocalBindUnlink=yes"),
 )
 """The user's own configuration has no say: what is left is authenticated by the machine's keys alone."""
+
+OPENS_NO_SOCKETS = re.compile(rb"SSH-2\.0-dropbear_20([01]\d|2[0-3])\.")
+"""How dropbear greets that is older than 2024.84, as Debian 12's: it forwards to ports, not to sockets."""
 
 PING = b"GET /_ping HTTP/1.0\r\n\r\n"
 
@@ -36,6 +40,16 @@ def ssh_argv(endpoint: Endpoint, alias: str, known_hosts: Path, local: Path) -> 
         *("-L", f"./{local.name}:{REMOTE}"),
         f"{endpoint.user}@{endpoint.host}",
     ]
+
+
+def can_carry(endpoint: Endpoint, deadline: Deadline) -> bool:
+    """Tell whether the guest's SSH server opens a socket for ssh; when nothing is heard of it, ssh shall say why."""
+    limit_s = max(deadline.remaining_s(), 0.001)
+    try:
+        with socket.create_connection((endpoint.host, endpoint.port), limit_s) as client, client.makefile("rb") as said:
+            return not OPENS_NO_SOCKETS.match(said.readline(255))
+    except OSError:
+        return True
 
 
 def known_hosts_line(alias: str, host_public_key: str) -> str:

@@ -1,4 +1,4 @@
-"""The guest's Docker socket on the host where there is no OpenSSH: a program in the guest for each connection."""
+"""The guest's Docker socket on the host where ssh cannot carry it: a program in the guest for each connection."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from vmbuild.image.table import Table
 from vmbuild.model import SYSTEMS, ApplianceSpec, Arch, DiskSpec, ImageSpec, Repository
 
 MIRRORS = ("debian", "debian-security")
+PACKAGE_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+"""Debian Policy 5.6.1."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +210,21 @@ def _repositories(row: Table) -> tuple[Repository, ...]:
             components=table.texts("components", default=("main",)),
             optional=table.flag("optional"),
             alias=table.maybe("alias"),
+            only=_only(table),
         )
         table.end()
         found.append(repository)
     return tuple(found)
+
+
+def _only(table: Table) -> tuple[str, ...]:
+    if not table.has("only"):
+        return ()
+    names = table.texts("only")
+    wrong = [name for name in names if not PACKAGE_NAME.fullmatch(name)]
+    if wrong or not names:
+        raise table.wrong("only", f"is {wrong or []}, expected one or more names of packages")
+    return names
 
 
 def _keyrings(row: Table, folder: Path, default: tuple[str, ...] | None = None) -> tuple[Path, ...]:

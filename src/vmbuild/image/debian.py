@@ -85,12 +85,15 @@ def open_indexes(
     indexes = []
     for repository in repositories:
         try:
-            indexes.append(open_index(repository, arch, mirrors, keyrings, cache, report, by_alias=by_alias))
+            index = open_index(repository, arch, mirrors, keyrings, cache, report, by_alias=by_alias)
         except (NotFound, Unreachable, ExpiredRelease, NotInSuite) as error:
             if not repository.optional:
                 raise
             cause = error.details.partition("\n")[0]
             report.warn(f"going on without {repository.suite}: {error.brief}{cause and f' ({cause})'}")
+        else:
+            _check_only(index)
+            indexes.append(index)
     return indexes
 
 
@@ -116,6 +119,17 @@ def open_index(
         except (NotFound, Unreachable) as error:
             report.warn(f"this host's mirror cannot be used for {repository.suite}, taking {last}: {error.brief}")
     return _open_at(last, repository, arch, keyrings, cache, report, by_alias=by_alias)
+
+
+def _check_only(index: PackageIndex) -> None:
+    """See that a repository has the packages that are to be taken from it; an optional one may lack any of them."""
+    missing = [name for name in index.repository.only if index.find(name) is None]
+    if missing and not index.repository.optional:
+        raise GuestImageError(
+            f"{index.repository.suite} has no package {', '.join(missing)}, which `only` of this repository names",
+            details=f"looked for in {index.url}/dists/{index.suite}",
+            resolution="Correct `only` in the catalogue file.",
+        )
 
 
 def _open_at(

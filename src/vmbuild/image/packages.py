@@ -97,18 +97,23 @@ class PackageIndex:
         self._data = data if data.startswith(b"\n") else b"\n" + data  # every stanza begins after a newline
 
     def find(self, name: str) -> Package | None:
-        """Return the newest version of a package, None when there is no such package."""
+        """Return the newest version of a package, None when there is no such package, or it is not to be taken here."""
+        if not self._offers(name):
+            return None
         packages = [self._parse(offset) for offset in self._offsets.get(name.encode(), ())]
         return newest(packages)
 
     def providers(self, name: str) -> list[str]:
         """Return the names of packages that provide a virtual package."""
-        return self._providers.get(name, [])
+        return [provider for provider in self._providers.get(name, ()) if self._offers(provider)]
 
     def essential(self) -> list[str]:
         """Return the names of packages with `Essential: yes` or `Priority: required`."""
         marks = re.finditer(rb"\n(?:Essential: yes|Priority: required)(?=\n)", self._data)
-        return sorted({self._name_at(mark.start()) for mark in marks})
+        return sorted({name for mark in marks if self._offers(name := self._name_at(mark.start()))})
+
+    def _offers(self, name: str) -> bool:
+        return not self.repository.only or name in self.repository.only
 
     @cached_property
     def _offsets(self) -> dict[bytes, list[int]]:

@@ -41,6 +41,21 @@ def test_the_image_of_32_bit_machines_loads() -> None:
     assert [repository.suite for repository in spec.kernel_repositories] == ["bookworm", "bookworm-security"]
 
 
+@pytest.mark.parametrize("arch", Arch)
+def test_debian_12s_appliance_is_debian_13s_but_for_its_release_and_what_starts_containers(arch: Arch) -> None:
+    older, newer = (load_image(f"debian-{release}-{arch}") for release in (12, 13))
+    assert isinstance(older, ApplianceSpec) and isinstance(newer, ApplianceSpec)
+    assert set(older.packages) ^ set(newer.packages) == {"crun", "runc"}
+    assert set(newer.exclude) - set(older.exclude) == {"./usr/sbin/runc"}
+    for key in ("arch", "kernel", "kernel_args", "without", "machine_type", "cpu_model", "guest_files"):
+        assert getattr(older, key) == getattr(newer, key), key
+    assert set(newer.modules) <= set(older.modules)
+    assert (older.repositories[0].suite, older.repositories[0].only) == ("bookworm", ())
+    assert {one.suite.partition("-")[0] for one in older.repositories if not one.only} == {"bookworm"}
+    assert {one.suite.partition("-")[0] for one in older.repositories if one.only} == {"trixie"}
+    assert {keyring.name for keyring in newer.keyrings} <= {keyring.name for keyring in older.keyrings}
+
+
 def test_every_shipped_architecture_has_its_default_image() -> None:
     assert {arch: load_image(defaults.image).arch for arch, defaults in ARCH_DEFAULTS.items()} == {
         arch: arch for arch in Arch
@@ -53,6 +68,13 @@ def test_a_kernel_comes_from_the_repositories_unless_it_has_its_own(tmp_path: Pa
     with pytest.raises(GuestImageError, match=r"boot\.repositories is \[\]|boot\.repositories is empty"):
         text = SHIPPED.replace("[boot]\n", "[boot]\nrepositories = []\n")
         load_image("debian-13-arm64", [write_image(tmp_path / "own", text)])
+
+
+def test_a_repository_may_be_there_for_some_packages_only(tmp_path: Path) -> None:
+    text = SHIPPED.replace('suite = "trixie-updates"', 'suite = "trixie-updates"\nonly = ["docker.io", "crun"]')
+    spec = load_image("debian-13-arm64", [write_image(tmp_path / "own", text)])
+    assert isinstance(spec, ApplianceSpec)
+    assert [repository.only for repository in spec.repositories] == [(), ("docker.io", "crun"), ()]
 
 
 def test_every_shipped_row_is_sound() -> None:
@@ -103,6 +125,12 @@ def test_guest_files_and_keys_beside_a_users_file_win(tmp_path: Path) -> None:
         ('mirror = "debian"', 'mirror = "ubuntu"', "repositories.mirror", "'debian-security'"),
         ('suite = "trixie"', 'suit = "trixie"', "repositories.suite", "missing"),
         ('suite = "trixie"', 'suite = ""', "repositories.suite", "empty"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = "docker.io"', "repositories.only", "list of texts"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = [7]', "repositories.only", "list of texts"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = []', "repositories.only", "one or more names of packages"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = ["a1", ""]', "repositories.only", "is ['']"),
+        ('suite = "trixie"', 'suite = "trixie"\nonly = ["Docker.io"]', "repositories.only", "is ['Docker.io']"),
+        ('suite = "trixie"', 'suite = "trixie"\nonyl = ["docker.io"]', "repositories.onyl", "not a key"),
         ("[boot]", "[boots]", "boot", "missing"),
         ('cpu_model = "cortex-a76"', 'cpu_modell = "x"\ncpu_model = "cortex-a76"', "boot.cpu_modell", "not a key"),
         ("keys/debian-archive-trixie-stable.gpg", "keys/none.gpg", "keyrings", "not there"),

@@ -38,8 +38,9 @@ def stanza(name: str, version: str = "1", **fields: str) -> str:
     return "".join(f"{key}: {value}\n" for key, value in given.items())
 
 
-def index(*stanzas: str) -> PackageIndex:
-    return PackageIndex("\n".join(stanzas).encode(), "http://mirror.invalid/debian", TRIXIE)
+def index(*stanzas: str, only: tuple[str, ...] = ()) -> PackageIndex:
+    repository = replace(TRIXIE, only=only)
+    return PackageIndex("\n".join(stanzas).encode(), "http://mirror.invalid/debian", repository)
 
 
 # --- signatures and digests -----------------------------------------------------------------------------------------
@@ -379,6 +380,19 @@ def test_an_architecture_that_is_not_there_is_told(suite: Suite) -> None:
         open_index(TRIXIE, "armhf", suite.mirrors, [suite.keys.export("archive")], suite.cache, SilentReporter())
 
 
+def test_a_package_that_only_names_must_be_there(suite: Suite) -> None:
+    suite.publish()
+    suite.repository = replace(TRIXIE, only=("hello",))
+    assert names(suite.open_all(), ["hello"]) == ["hello"]
+    suite.repository = replace(TRIXIE, only=("hello", "helo", "hallo"))
+    with pytest.raises(GuestImageError) as caught:
+        suite.open_all()
+    assert "trixie has no package helo, hallo, which `only`" in caught.value.brief
+    assert f"{suite.site.url}/debian/dists/trixie" in caught.value.details
+    suite.repository = replace(suite.repository, optional=True)
+    assert names(suite.open_all(), ["hello"]) == ["hello"]
+
+
 # --- packages and their closure -------------------------------------------------------------------------------------
 
 
@@ -461,6 +475,22 @@ def test_the_newest_version_of_all_indexes_wins() -> None:
     main, security = index(stanza("a", "1-1+deb13u9", Depends="b"), stanza("b")), index(stanza("a", "1-1+deb13u10"))
     (package,) = resolve_closure([main, security], ["a"])
     assert package.version == "1-1+deb13u10"
+
+
+def test_only_what_is_named_is_taken_from_a_repository_that_says_so() -> None:
+    newer = index(
+        stanza("a", "2", Depends="b, virtual"), stanza("b", "2"), stanza("c", "2", Provides="virtual"),
+        stanza("d", "2", Essential="yes"), only=("a",),
+    )  # fmt: skip
+    older = index(stanza("a"), stanza("b"), stanza("e", Provides="virtual"), stanza("f", Essential="yes"))
+    for indexes in ([older, newer], [newer, older]):
+        found = resolve_closure(indexes, ["a"], essential=True)
+        assert {package.name: package.version for package in found} == {"a": "2", "b": "1", "e": "1", "f": "1"}
+
+
+def test_what_is_wanted_is_missing_where_only_other_packages_are_taken() -> None:
+    with pytest.raises(GuestImageError, match="no package satisfies b"):
+        resolve_closure([index(stanza("a", Depends="b"), stanza("b"), only=("a",))], ["a"])
 
 
 def test_essential_takes_what_is_marked_in_any_index() -> None:
