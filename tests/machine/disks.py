@@ -5,7 +5,7 @@ OpenSSH, a root partition that ends where the disk ends. One has cloud-init and 
 systemd-boot.
 Packages are unpacked natively and configured in a machine of vmbuild's own; it takes minutes, so disks are kept.
 
-By hand: `python -m tests.machine.disks CACHE` prints the paths of both disks.
+By hand: `python -m tests.machine.disks CACHE [debian:bookworm-slim]` prints the paths of both disks.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ ESP_AT = MIB
 ROOT_AT = ESP_AT + ESP_BYTES
 ROOT_PARTUUID = "5b6a0d1e-5a52-4b0c-8d1b-6f1d5ce0a001"
 ARGS = f"root=PARTUUID={ROOT_PARTUUID} ro console=tty0 console=ttyAMA0,115200"
+
+TRIXIE, BOOKWORM = "debian:trixie-slim", "debian:bookworm-slim"
+"""The base images whose repositories the disks are made of."""
 
 PACKAGES = (
     "apt",
@@ -141,6 +144,7 @@ set -e
 drive=$(for block in /sys/block/vd*; do
     [ "$(cat $block/serial)" = vmbuild-outbox ] && echo /dev/${block##*/}
 done)
+export MKE2FS_CONFIG="$1/etc/mke2fs.conf" # a release's e2fsck need not be at ease with what a later one's mke2fs makes
 /usr/sbin/mkfs.ext4 -q -F -L cloudroot -d "$1" "$drive" "$2k" >&2
 sync
 blockdev --flushbufs "$drive"
@@ -166,22 +170,22 @@ class Plan:
     disks: Disks
 
 
-def make_disks(home: Home, report: Reporter | None = None) -> Disks:
+def make_disks(home: Home, report: Reporter | None = None, base: str = TRIXIE) -> Disks:
     """Return the disks of a cache, made first where they are missing. `home.state` gets a machine for the making."""
     report = report or SilentReporter()
-    plan = make_plan(home.cache, report)
+    plan = make_plan(home.cache, report, base)
     if not plan.disks.plain.exists():  # it is made last
         with hold(plan.disks.plain.with_name("lock"), report, "makes the test disks"):
             _make(plan, home, report)
     return plan.disks
 
 
-def make_plan(cache: Path, report: Reporter) -> Plan:
+def make_plan(cache: Path, report: Reporter, base: str = TRIXIE) -> Plan:
     """Return what the disks are made of, packages fetched."""
-    slim = catalog.load_base("debian:trixie-slim")
+    slim = catalog.load_base(base)
     mirrors = {"debian": "auto", "debian-security": "auto"}
     indexes = open_indexes(slim.repositories, Arch.ARM64, mirrors, slim.keyrings, cache / "indexes", report)
-    packages = resolve_closure(indexes, PACKAGES, without=WITHOUT, essential=True)
+    packages = resolve_closure(indexes, [*PACKAGES, *slim.packages], without=WITHOUT, essential=True)
     names = ["busybox-static", *(package for package, _ in LOADERS.values())]
     tools = {name: next(p for p in resolve_closure(indexes, [name]) if p.name == name) for name in names}
     fetch_all(package_downloads([*packages, *tools.values()], cache / "packages"), report, label="download")
@@ -331,7 +335,7 @@ def _write_esp(content: dict[str, bytes], disk: Path) -> None:
 def _initrd(plan: Plan, files: dict[str, bytes]) -> bytes:
     (listing,) = (data for path, data in files.items() if path.endswith("/modules.builtin"))
     modules = {m.name: m for m in (kernel.read_module(path, files[path]) for path in files if ".ko" in path)}
-    needed = kernel.load_order(modules, ["virtio_blk", "ext4"], kernel.builtin_modules(listing.decode()))
+    needed = kernel.load_order(modules, ["virtio_pci", "virtio_blk", "ext4"], kernel.builtin_modules(listing.decode()))
     path = "usr/bin/busybox"
     busybox = rootfs.read_files(package_path(plan.tools["busybox-static"], plan.downloads), [path])[path]
     return kernel.pack_initramfs(
@@ -360,4 +364,4 @@ if __name__ == "__main__":
 
     cache = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as state:
-        print(make_disks(Home(cache, Path(state)), TerminalReporter()))
+        print(make_disks(Home(cache, Path(state)), TerminalReporter(), *sys.argv[2:]))

@@ -46,6 +46,9 @@ from vmbuild.report import SilentReporter
 pytestmark = [pytest.mark.machine, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 LOGIN = ConsoleLogin(r"login: ", "root", r"[Pp]assword: ", disks.PASSWORD, r"[#$] ")
+DEBIAN_13S = {"docker.io": "26.", "docker-cli": "26.", "docker-buildx": "0.13.", "containerd": "1.7."}
+"""What a disk of Debian 12 has from Debian 13: how the versions begin."""
+
 DOCKERFILE = """FROM scratch
 COPY busybox /bin/busybox
 RUN ["/bin/busybox", "sh", "-c", "/bin/busybox uname -m >/machine"]
@@ -116,19 +119,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         operate.destroy(machine.name, home, SilentReporter())
 
 
-@pytest.fixture(scope="module")
-def made(home: Home) -> disks.Disks:
+def disk_cache(home: Home) -> Path:
+    """Return where the disks are kept, and what they are made of."""
     given = os.environ.get("VMBUILD_TEST_CACHE")
-    return disks.make_disks(Home(Path(given) if given else home.cache, home.state), Steps())
+    return Path(given) if given else home.cache
 
 
-@pytest.fixture(scope="module", params=["cloud-init", "console"])
-def world(request: pytest.FixtureRequest, home: Home, made: disks.Disks) -> Iterator[World]:
-    """A provisioned disk: by cloud-init with GRUB, and by a log-in on the serial console with systemd-boot."""
+@pytest.fixture(scope="module", params=["cloud-init", "console", "bookworm"])
+def world(request: pytest.FixtureRequest, home: Home) -> Iterator[World]:
+    """A provisioned disk: by cloud-init with GRUB, of Debian 12 too; by a log-in on its console with systemd-boot."""
     kind: str = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CI", "true")
-        disk, login = (made.cloud_init, None) if kind == "cloud-init" else (made.plain, LOGIN)
+        base = disks.BOOKWORM if kind == "bookworm" else disks.TRIXIE
+        made = disks.make_disks(Home(disk_cache(home), home.state), Steps(), base)
+        disk, login = (made.plain, LOGIN) if kind == "console" else (made.cloud_init, None)
         spec = disk_spec(f"test-{kind}", disk, login)
         patch.setattr(catalog, "load_image", lambda *_: spec)
         steps = Steps()
@@ -168,9 +173,8 @@ def test_it_is_provisioned_once_and_whole(world: World) -> None:
     assert not [path for path in (world.home.cache / "images").iterdir() if path.name.startswith(".test")]
 
 
-def test_a_container_image_is_built_in_it(world: World, machine: str, made: disks.Disks, tmp_path: Path) -> None:
-    given = os.environ.get("VMBUILD_TEST_CACHE")
-    plan = disks.make_plan(Path(given) if given else world.home.cache, SilentReporter())
+def test_a_container_image_is_built_in_it(world: World, machine: str, tmp_path: Path) -> None:
+    plan = disks.make_plan(disk_cache(world.home), SilentReporter())
     path = "usr/bin/busybox"
     busybox = rootfs.read_files(package_path(plan.tools["busybox-static"], plan.downloads), [path])[path]
     (tmp_path / "busybox").write_bytes(busybox)
@@ -194,6 +198,17 @@ def test_a_container_image_is_built_in_it(world: World, machine: str, made: disk
         assert layer is not None
         with tarfile.open(fileobj=io.BytesIO(layer.read())) as inner:
             assert (inner.extractfile("machine") or io.BytesIO()).read() == b"aarch64\n"
+
+
+def test_debian_12_has_docker_alone_from_debian_13_and_its_apt_as_it_was(world: World, machine: str) -> None:
+    if world.spec.name != "test-bookworm":
+        pytest.skip("of Debian 12")
+    said = world.guest(machine, "dpkg-query -W -f '${Package} ${Version}\\n'")
+    versions = dict(line.split() for line in said.splitlines())
+    assert all(versions[name].startswith(begin) for name, begin in DEBIAN_13S.items()), versions
+    assert versions["libc6"].startswith("2.36") and versions["runc"].startswith("1.1.5")
+    assert {name for name, version in versions.items() if "+deb13" in version} <= set(DEBIAN_13S)
+    assert world.guest(machine, "grep -rl trixie /etc/apt || true") == ""
 
 
 def test_nothing_has_failed_in_it_and_it_has_what_was_asked_for(world: World, machine: str) -> None:

@@ -96,6 +96,7 @@ def test_rows_tell_where_a_disk_is_from_and_how_it_is_verified(own: Path, capsys
     found = rows(capsys)
     assert {name: row["verified"] for name, row in found.items() if row["kind"] == "disk"} == {
         "alpine-3.22-arm64": "checksum over https",
+        "debian-12-cloud-arm64": "checksum over https",
         "debian-13-cloud-arm64": "checksum over https",
         "local": "not: a file of this host",
         "ubuntu-24.04-arm64": "signed by ubuntu-cloudimage-keyring",

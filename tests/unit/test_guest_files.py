@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from vmbuild.guest.oci import BLOBS
-from vmbuild.model import SYSTEMS
+from vmbuild.image.catalog import find_catalog, list_images
+from vmbuild.model import SYSTEMS, ApplianceSpec
 
 ROOT = Path(__file__).parents[2] / "images" / "guest" / "root"
 PARTS = ROOT / "usr/share/vmbuild/parts"
@@ -67,11 +69,78 @@ def test_scripts_are_shell(script: Path) -> None:
     subprocess.run(["sh", "-n", str(script)], check=True)
 
 
+DOCKERS = ("docker.io", "docker-cli", "docker-buildx", "containerd")
+"""What Debian 12 has from Debian 13."""
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_docker_gets_into_a_disk_of_every_package_system(system: str) -> None:
     script = (DISK / "provision").read_text()
     assert f"\ninstall_{system}() {{\n" in script
     assert f"\nWANTED_{system}=" in script
+
+
+SIGNED = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
+ONE_LINE = "# deb http://old.example/debian bookworm main\ndeb http://disk.example/debian/ bookworm main\n"
+OWN_MAIN = f"{SIGNED} http://disk.example/debian trixie main\n"
+BOTH_OF_THE_HOST = f"{SIGNED} http://host.example/d trixie main\n{SIGNED} http://host.example/s trixie-security main\n"
+OWN_BOTH = f"{OWN_MAIN}{SIGNED} https://disk.example/debian-security trixie-security main\n"
+DEB822 = "URIs: http://disk.example/debian\n\nURIs: https://disk.example/debian-security/\n"
+
+
+@pytest.mark.parametrize(
+    ("release", "settings", "sources", "expected"),
+    [
+        ("ID=debian\nVERSION_CODENAME=bookworm", "", ONE_LINE, OWN_MAIN),
+        ("ID=debian\nVERSION_CODENAME=bookworm", "", DEB822, OWN_BOTH),
+        (
+            "ID=debian\nVERSION_CODENAME=bookworm",
+            "MIRROR=http://host.example/d\nSECURITY_MIRROR=http://host.example/s\n",
+            DEB822,
+            BOTH_OF_THE_HOST,
+        ),
+        ("ID=debian\nVERSION_CODENAME=trixie", "", ONE_LINE, None),
+        ("ID=debian\n", "", ONE_LINE, None),
+        ("ID=devuan\nVERSION_CODENAME=bookworm", "", ONE_LINE, None),
+    ],
+)
+def test_docker_alone_is_taken_from_debian_13_where_debian_12s_will_not_do(
+    tmp_path: Path, release: str, settings: str, sources: str, expected: str | None
+) -> None:
+    for folder in ("sources.list.d", "preferences.d", "mirrors"):
+        (tmp_path / "etc/apt" / folder).mkdir(parents=True)
+    (tmp_path / "etc/os-release").write_text(f"{release}\n")
+    (tmp_path / "etc/apt/sources.list.d/debian.sources").write_text(sources)
+    (tmp_path / "settings").write_text(f"SYSTEM=apt\n{settings}")
+    functions, _, _ = (DISK / "provision").read_text().partition('\nif [ "$1" = clean ]')
+    script = tmp_path / "provision"
+    script.write_text(f"{functions.replace('/etc/', f'{tmp_path}/etc/')}\nuse_docker_of_trixie\n")
+    env = {name: value for name, value in os.environ.items() if name not in ("MIRROR", "SECURITY_MIRROR")}
+    subprocess.run(["sh", str(script)], check=True, env=env)
+    written = tmp_path / "etc/apt/sources.list.d/vmbuild.list"
+    assert (written.read_text() if written.exists() else None) == expected
+    if expected:
+        pins = (tmp_path / "etc/apt/preferences.d/vmbuild").read_text().split("\n\n")
+        assert [dict(line.split(": ") for line in pin.splitlines()) for pin in pins] == [
+            {"Package": "*", "Pin": "release n=trixie*", "Pin-Priority": "-1"},
+            {"Package": " ".join(DOCKERS), "Pin": "release n=trixie*", "Pin-Priority": "990"},
+        ]
+
+
+def test_the_appliance_takes_the_same_packages_from_debian_13_as_the_disk() -> None:
+    rows = [spec for spec in list_images([find_catalog()]) if spec.name in ("debian-12-arm64", "debian-12-armhf")]
+    assert len(rows) == 2
+    for row in rows:
+        assert isinstance(row, ApplianceSpec)
+        assert {one.suite: set(one.only) for one in row.repositories if one.only} == {
+            "trixie": set(DOCKERS),
+            "trixie-security": set(DOCKERS),
+        }
+        assert {one.suite for one in row.repositories if not one.only} == {
+            "bookworm",
+            "bookworm-updates",
+            "bookworm-security",
+        }
 
 
 def test_a_disk_is_told_of_docker_what_the_appliance_is_but_for_containerd_and_the_firewall() -> None:

@@ -435,6 +435,7 @@ SHIPPED = [row for row in list_images([find_catalog()]) if isinstance(row, DiskS
 def test_the_shipped_disks_are_these() -> None:
     assert {row.name: (str(row.arch), row.system) for row in SHIPPED} == {
         "alpine-3.22-arm64": ("arm64", "apk"),
+        "debian-12-cloud-arm64": ("arm64", "apt"),
         "debian-13-cloud-arm64": ("arm64", "apt"),
         "ubuntu-24.04-arm64": ("arm64", "apt"),
         "ubuntu-24.04-armhf": ("armhf", "apt"),
