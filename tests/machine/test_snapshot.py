@@ -125,7 +125,7 @@ def test_a_snapshot_that_was_damaged_is_told_and_the_machine_boots(warm: WarmCli
         assert re.search(r"the snapshot cannot be used .*booting instead", done.err)
         assert "Starting the machine" in done.err
         assert b"vmbuild: booted in" in damaged.ok("logs").out
-        wait_until(lambda: warm.made() != [], "another one is made in the background", 480)
+        wait_until(lambda: warm.made() != [], "another one is made in the background", 700)  # it gives way to all
         assert warm.made() != [kept]
     finally:
         damaged.ok("destroy", "--yes")

@@ -107,7 +107,8 @@ def run_command(channel: paramiko.Channel, command: bytes) -> None:
         if code >= 0:
             channel.send_exit_status(code)
         channel.shutdown(2)
-    channel.close()
+    with suppress(OSError, EOFError):
+        channel.close()
 
 
 class Guest:
