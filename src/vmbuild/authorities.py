@@ -11,12 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vmbuild.errors import UsageError
-
-if TYPE_CHECKING:  # else when there is a certificate: few hosts have any, and it takes long to load
-    from cryptography import x509
 
 AUTO = "auto"
 OFF = "off"
@@ -102,22 +98,21 @@ def _blocks(data: bytes) -> Iterator[bytes]:
 
 def _parsed(certificates: Iterable[bytes]) -> Iterator[tuple[bytes, Authority]]:
     for der in certificates:
-        from cryptography import x509
-        from cryptography.hazmat.primitives.serialization import Encoding
-
         try:
-            made = x509.load_der_x509_certificate(der)
-            yield der, Authority(_name_of(made), made.public_bytes(Encoding.PEM).decode())
+            yield der, _parse(der)
         except ValueError:
             continue
 
 
-def _name_of(certificate: x509.Certificate) -> str:
-    from cryptography.x509 import NameOID
+def _parse(der: bytes) -> Authority:
+    from cryptography import x509  # loaded for a certificate: few hosts have any, and it takes long
+    from cryptography.hazmat.primitives.serialization import Encoding
 
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    text = str(names[0].value) if names else certificate.subject.rfc4514_string()
-    return "".join(letter for letter in text if letter.isprintable()) or "without a name"
+    made = x509.load_der_x509_certificate(der)
+    names = made.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    text = str(names[0].value) if names else made.subject.rfc4514_string()
+    name = "".join(letter for letter in text if letter.isprintable()) or "without a name"
+    return Authority(name, made.public_bytes(Encoding.PEM).decode())
 
 
 def _files_in(folder: Path) -> list[Path]:

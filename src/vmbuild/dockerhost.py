@@ -109,11 +109,13 @@ def _start(files: MachineFiles, path: Path) -> None:
 
 def _argv(files: MachineFiles) -> list[str]:
     mark = _mark(files)
-    endpoint = endpoint_of(files)
-    if not process.has_program("ssh") or not forward.can_carry(endpoint, Deadline.after(ANSWER_S)):
-        return [sys.executable, "-m", "vmbuild", "env", "--name", files.name, "--serve", mark]
-    write_whole(files.known_hosts, forward.known_hosts_line(mark, endpoint.host_public_key.read_text()).encode())
-    return forward.ssh_argv(endpoint, mark, files.known_hosts, files.docker_socket)
+    if process.has_program("ssh"):
+        endpoint = endpoint_of(files)
+        if forward.can_carry(endpoint, Deadline.after(ANSWER_S)):
+            line = forward.known_hosts_line(mark, endpoint.host_public_key.read_text())
+            write_whole(files.known_hosts, line.encode())
+            return forward.ssh_argv(endpoint, mark, files.known_hosts, files.docker_socket)
+    return [sys.executable, "-m", "vmbuild", "env", "--name", files.name, "--serve", mark]
 
 
 def _reachable(files: MachineFiles) -> Path:

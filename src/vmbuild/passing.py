@@ -65,13 +65,12 @@ def for_build(request: MachineRequest, asked: BuildRequest, source: Context | No
     return replace(request, pass_on=replace(choice, host_ports=(*choice.host_ports, *ports)))
 
 
-def to_guest(
-    session: Session, request: MachineRequest, found: list[authorities.Authority], report: Reporter, *, is_new: bool
-) -> None:
-    """Let a guest that is ready have what is passed on, these authorities too, and say what that is.
+def to_guest(session: Session, request: MachineRequest, report: Reporter, *, is_new: bool) -> None:
+    """Let a guest that is ready have what is passed on, and say what that is.
 
-    `is_new` tells that it has begun with this very request. Raises GuestError.
+    `is_new` tells that it has begun with this very request. Raises GuestError, or UsageError as `find_authorities`.
     """
+    found = find_authorities(request)
     wanted = _wanted(request, found)
     if words := list(_describe(wanted, found)):
         report.step(f"Passing on to the guest: {'; '.join(words)}")

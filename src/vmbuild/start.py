@@ -62,7 +62,7 @@ def open_session(request: MachineRequest, home: Home, report: Reporter) -> Itera
             dockerhost.reopen(files, report)
         session = session or wait_ready(files, Deadline.after(request.timeout_s), report)
         with lifetime.lock(files, report):
-            passing.to_guest(session, request, passing.find_authorities(request), report, is_new=is_new)
+            passing.to_guest(session, request, report, is_new=is_new)
         yield session
     finally:
         if session is not None:

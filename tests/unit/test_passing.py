@@ -52,7 +52,7 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> list[Passed]:
 
 def tell(request: MachineRequest, listener: Listener) -> None:
     """Let a guest have what is passed on."""
-    passing.to_guest(FakeSession(), request, passing.find_authorities(request), listener, is_new=True)
+    passing.to_guest(FakeSession(), request, listener, is_new=True)
 
 
 def source(text: str) -> Context:

@@ -5,7 +5,7 @@ from __future__ import annotations
 SCRIPT = 'late=$(($1 - $(date +%s))); [ "${late#-}" -le 1 ] || date -u -s "@$1"'
 
 
-def setting_to(now: float, then: str = "true") -> list[str]:
+def setting_to(now: float, *, then: str) -> list[str]:
     """Return the command that sets the guest's clock, `now` in POSIX seconds, where it is more than a second off.
 
     A host that slept, a machine that was paused, leave it late: certificates and package lists are not valid then. Its
