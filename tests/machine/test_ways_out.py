@@ -28,6 +28,14 @@ RUN ln -s ../data/a.txt /srv/link; echo 1 >/data/one; ln /data/one /data/two; mk
 RUN rm /data/f2 /etc/issue; rm -r /srv; mkdir /srv; echo new >/srv/new; chown 1000:1000 /srv/new
 """
 MIB = 1024 * 1024
+SCANNER = """\
+#!/bin/sh
+# As BuildKit asks a scanner (moby/buildkit, docs/attestations/sbom-protocol.md).
+cat >"$BUILDKIT_SCAN_DESTINATION/sbom.spdx.json" <<END
+{"_type": "https://in-toto.io/Statement/v0.1", "predicateType": "https://spdx.dev/Document",
+ "predicate": {"spdxVersion": "SPDX-2.3", "name": "$(ls "$BUILDKIT_SCAN_SOURCE")"}}
+END
+"""
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,26 @@ def test_several_platforms_with_provenance(built: Built, based: Cli, tmp_path: P
     assert {each["subject"][0]["digest"]["sha256"] for each in statements} == {each[7:] for each in digests}
     assert sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file()) == ["arm", "arm64"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"linux_arm64", "linux_arm_v7"}
+
+
+def test_an_sbom_is_what_its_scanner_found(built: Built, based: Cli, tmp_path: Path) -> None:
+    (tmp_path / "scan").write_text(SCANNER)
+    (tmp_path / "scan").chmod(0o755)
+    (tmp_path / "Dockerfile").write_text(f'FROM {BASE}\nCOPY scan /\nCMD ["/scan"]\n')
+    scanner, tag = f"{built.registry.host}/scanner:1", f"{built.registry.host}/scanned:1"
+    based.ok("build", ".", "-t", scanner, "--push", cwd=tmp_path)
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY scan /only-this\n")
+    argv = ("build", ".", "-t", tag, "--sbom", f"generator={scanner}", "--push", "-o", "type=oci,dest=s.tar")
+    based.ok(*argv, cwd=tmp_path)
+    raw: dict[str, Any] = built.registry.inspect("scanned:1", "--raw")
+    about, attested = sorted(raw["manifests"], key=lambda each: each["platform"]["architecture"] == "unknown")
+    assert attested["annotations"]["vnd.docker.reference.digest"] == about["digest"]
+    archived = ["skopeo", "copy", "--all", "--quiet", "--insecure-policy", f"oci-archive:{tmp_path}/s.tar"]
+    subprocess.run([*archived, f"dir:{tmp_path}/archived"], check=True)
+    files = [path.read_bytes() for path in (tmp_path / "archived").iterdir()]
+    (found,) = [json.loads(data) for data in files if data.startswith(b"{") and b'predicateType"' in data]
+    assert (found["predicateType"], found["predicate"]["name"]) == ("https://spdx.dev/Document", "only-this")
+    assert [each["digest"]["sha256"] for each in found["subject"]] == [about["digest"][7:]]
 
 
 def test_who_may_not_push_is_told_at_once(based: Cli, tmp_path: Path) -> None:

@@ -308,7 +308,6 @@ DOORS = {
     "urllib3": {"image.http"},
     "certifi": {"passing"},
     "paramiko": {"guest.ssh"},
-    "qemu": {"machine.qmp"},
     "debian": {"image.mirrors", "image.packages", "image.debian", "image.rootfs", "image.base"},
     "rich": {"ui"},
     "click": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCRIPT = 'late=$(($1 - $(date +%s))); [ "${late#-}" -le 1 ] || date -u -s "@$1"'
+SCRIPT = 'late=$(($1 - ${EPOCHSECONDS:-$(date +%s)})); [ "${late#-}" -le 1 ] || date -u -s "@$1"'
 
 
 def setting_to(now: float, *, then: str) -> list[str]:

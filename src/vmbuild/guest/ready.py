@@ -91,7 +91,7 @@ def connect_when_up(
     connect: Callable[[Deadline], Session], check_alive: Callable[[], None], deadline: Deadline
 ) -> Session:
     """Return a session as soon as the guest lets us in. Raises GuestError when it does not before the deadline."""
-    pause_s = RETRY_S / 8
+    pause_s = RETRY_S / 20
     while True:
         check_alive()
         try:

@@ -12,6 +12,9 @@ from vmbuild.model import Arch, DiskBoot, KernelBoot, MachineSpec
 MAX_TB_MIB = 512
 """The translated code of a compiler and its friends fits; a full buffer throws everything away (QEMU, accel/tcg)."""
 
+CPU_OPTIONS = "pmu=off"
+"""Performance counters, which QEMU would bring up to date whenever the guest enters its kernel or leaves it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,7 +55,7 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, 
         *("-pidfile", files.pid.name),
         *("-machine", f"{qemu.newest(image.machine_type)},{options}{_flash(image.boot)}"),
         *("-accel", _accel(spec, qemu)),
-        *("-cpu", image.cpu_model if qemu.accel == "tcg" else "host"),
+        *("-cpu", f"{image.cpu_model},{CPU_OPTIONS}" if qemu.accel == "tcg" else "host"),
         *("-smp", str(spec.cpus)),
         *("-m", f"{spec.memory_mib}M"),
         *("-rtc", "base=utc"),

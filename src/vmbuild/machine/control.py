@@ -6,6 +6,7 @@ SSH will not do: a restored guest has to be given its keys first. The other side
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -57,7 +58,7 @@ def listen(
                 data = os.read(answers, 4096)
             except BlockingIOError:
                 check_alive()
-                deadline.sleep(pause_s)
+                select.select([answers], [], [], deadline.remaining_s(pause_s))
                 continue
             if not data:  # nobody holds the other end
                 raise MachineError(f"QEMU ended before the guest answered `{last}`")

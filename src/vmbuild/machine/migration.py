@@ -15,6 +15,9 @@ from vmbuild.machine.qmp import Qmp
 CHANNELS = 2
 """Threads that carry memory pages, beside the one that carries the devices."""
 
+ASK_AGAIN_S = 0.005
+"""A machine that starts from a snapshot is read in a tenth of a second, and waits for nothing else."""
+
 NO_LIMIT = 1 << 40
 """Bytes a second; QEMU's default of 128 MiB a second is meant for a network."""
 
@@ -99,6 +102,6 @@ def _wait(qmp: Qmp, deadline: Deadline, what: str) -> None:
             return
         if status in ("failed", "cancelled"):
             raise MachineError(f"the machine's state could not be {what}", details=str(found.get("error-desc", "")))
-        deadline.sleep(0.02)
+        deadline.sleep(ASK_AGAIN_S)
         if deadline.passed:  # QEMU is not asked again: it could not answer in time either
             raise MachineError(f"the machine's state was not {what} in time")

@@ -20,14 +20,17 @@ from vmbuild.lock import is_free
 from vmbuild.machine.argv import neutral_argv
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.machine.sparse import PIECE_BYTES, is_zero, piece_places
-from vmbuild.model import Freed, MachineSpec
+from vmbuild.machine.sparse import is_zero, piece_places
+from vmbuild.model import KIB, Freed, MachineSpec
 from vmbuild.whole import write_whole, writing_in
 
 TRY_AGAIN_S = 24 * 3600.0
 
-FORMAT = 1
-"""Raised when what a parked guest expects of the host changes."""
+DIGEST_BYTES = 128 * KIB
+"""What is read at once for a digest. Memory lies in many small runs: of larger pieces much would be holes."""
+
+FORMAT = 2
+"""Raised when what a parked guest expects of the host changes, or how its digest is made."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,9 @@ def sparse_digest(path: Path) -> str:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(size.to_bytes(8, "little"))
-        for at in piece_places(file.fileno(), size):
-            piece = os.pread(file.fileno(), PIECE_BYTES, at)
+        for at in piece_places(file.fileno(), size, DIGEST_BYTES):
+            piece = os.pread(file.fileno(), DIGEST_BYTES, at)
             if not is_zero(piece):
-                digest.update(at.to_bytes(8, "little") + piece)
+                digest.update(at.to_bytes(8, "little"))
+                digest.update(piece)
     return digest.hexdigest()

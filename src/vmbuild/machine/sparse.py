@@ -24,17 +24,17 @@ def is_zero(data: bytes | memoryview) -> bool:
     return data == _ZEROS[: len(data)]
 
 
-def piece_places(handle: int, size: int) -> Iterator[int]:
+def piece_places(handle: int, size: int, piece_bytes: int = PIECE_BYTES) -> Iterator[int]:
     """Yield where in a file of `size` bytes the pieces begin that are not all hole. Raises OSError."""
-    at = _next_place(handle, 0)
+    at = _next_place(handle, 0, piece_bytes)
     while at is not None and at < size:
         yield at
-        at = _next_place(handle, at + PIECE_BYTES)
+        at = _next_place(handle, at + piece_bytes, piece_bytes)
 
 
-def _next_place(handle: int, at: int) -> int | None:
+def _next_place(handle: int, at: int, piece_bytes: int) -> int | None:
     try:
-        return os.lseek(handle, at, os.SEEK_DATA) // PIECE_BYTES * PIECE_BYTES
+        return os.lseek(handle, at, os.SEEK_DATA) // piece_bytes * piece_bytes
     except OSError as error:
         if error.errno == errno.ENXIO:  # nothing but a hole up to the end
             return None

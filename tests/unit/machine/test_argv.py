@@ -39,7 +39,7 @@ def test_arm64_under_tcg() -> None:
         *("-pidfile", "qemu.pid"),
         *("-machine", "virt-10.0,gic-version=3"),
         *("-accel", "tcg,thread=multi,tb-size=512"),
-        *("-cpu", "cortex-a76"),
+        *("-cpu", "cortex-a76,pmu=off"),
         *("-smp", "2"),
         *("-m", "2048M"),
         *("-rtc", "base=utc"),

@@ -7,6 +7,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
-from vmbuild.machine.qmp import Qmp
+from vmbuild.machine.qmp import MAX_LINE, Qmp
 
 
 def test_commands_and_the_human_monitor(running: MachineFiles) -> None:
@@ -62,6 +64,59 @@ def test_a_monitor_whose_queue_is_full_costs_no_more_than_the_limit(tmp_path: Pa
         for client in waiting:
             client.close()
     assert time.monotonic() - begun < 2
+
+
+@contextmanager
+def monitor(path: Path, *pieces: bytes) -> Iterator[None]:
+    """A monitor that greets, takes the negotiation, and then says these pieces whatever it is asked."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.sendall(b'{"QMP": {}}\n')
+                client.recv(4096)
+                client.sendall(b'{"return": {}, "id": 1}\n')
+                client.recv(4096)
+                for piece in pieces:
+                    client.sendall(piece)
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
+
+
+def test_an_answer_comes_in_pieces_among_events_and_answers_that_were_late(tmp_path: Path) -> None:
+    events = b'{"event": "STOP", "data": {"return": 1}}\n{"return": "of another", "id": 1}\n'
+    with (
+        monitor(tmp_path / "m", events + b'{"retu', b'rn": {"a": 1}, "i', b'd": 2}\n{"event": "RESUME"}\n'),
+        Qmp(tmp_path / "m", soon()) as qmp,
+    ):
+        assert qmp.execute("query-a") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"", "has closed the connection"),
+        (b"half a line", "has closed the connection"),
+        (b"no JSON\n", "Expecting value"),
+        (b"[1]\n", "not an object"),
+        (b"x" * (MAX_LINE + 65536), "a line without an end"),
+    ],
+)
+def test_what_is_no_answer_is_an_error(tmp_path: Path, said: bytes, why: str) -> None:
+    with (
+        monitor(tmp_path / "m", said),
+        Qmp(tmp_path / "m", soon()) as qmp,
+        pytest.raises(MachineError, match="QEMU did not answer query-a") as caught,
+    ):
+        qmp.execute("query-a")
+    assert why in caught.value.details
 
 
 def test_a_deep_state_folder(tmp_path: Path, programs: Path) -> None:
