@@ -55,20 +55,36 @@ MEMINFO = "Cached: 900000 kB\nActive(anon): 900000 kB\nActive(file): 200000 kB\n
 
 
 @pytest.mark.parametrize(
-    ("inactive", "building", "drops"), [(200000, False, True), (100000, False, False), (200000, True, False)]
+    ("inactive", "building", "takes_order", "reclaims", "drops"),
+    [
+        (200_000, False, True, True, False),
+        (200_000, False, False, True, True),
+        (190_000, False, True, False, False),
+        (200_000, True, True, False, False),
+    ],
 )
-def test_a_large_cache_goes_when_nobody_builds(tmp_path: Path, inactive: int, building: bool, drops: bool) -> None:
+def test_a_large_cache_goes_when_nobody_builds(
+    tmp_path: Path, inactive: int, building: bool, takes_order: bool, reclaims: bool, drops: bool
+) -> None:
     (tmp_path / "sys/vm").mkdir(parents=True)
     (tmp_path / "meminfo").write_text(MEMINFO.format(inactive))
+    (tmp_path / "less").write_text(MEMINFO.format(0))
     fakes = f"""
         sync() {{ :; }}
         renice() {{ :; }}
         pidof() {{ [ "$1" = docker-buildx ] && {str(building).lower()}; }}
         fstrim() {{ echo "$1" >{tmp_path}/trimmed; }}
+        echo() {{
+            printf '%s\\n' "$*"
+            [ "${{1#* }}" != swappiness=0 ] || ! {str(takes_order).lower()} || cp {tmp_path}/less {tmp_path}/meminfo
+        }}
     """
-    subprocess.run(["sh", "-c", fakes + resources.GIVE_BACK.replace("/proc", str(tmp_path))], check=True)
+    script = resources.GIVE_BACK.replace("/proc", str(tmp_path)).replace("/sys/fs/cgroup", str(tmp_path))
+    subprocess.run(["sh", "-c", fakes + script], check=True)
+    order = tmp_path / "memory.reclaim"
+    assert (order.read_text() if order.exists() else "") == ("230M swappiness=0\n" if reclaims else "")
     assert (tmp_path / "sys/vm/drop_caches").exists() == drops
-    assert (tmp_path / "sys/vm/compact_memory").exists() == drops
+    assert (tmp_path / "sys/vm/compact_memory").exists() == reclaims
     assert (tmp_path / "trimmed").read_text() == "/disk\n"
 
 
