@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -161,16 +162,35 @@ def _read_vertices(lines: Iterable[Line]) -> dict[str, _Vertex]:
 
 
 def _read_objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects among other lines: one on each, or indented over several, as buildx 0.13 writes them."""
+    """Yield the JSON objects among other lines."""
+    return (part for part in _read_parts(lines) if isinstance(part, dict))
+
+
+def _read_parts(lines: Iterable[str]) -> Iterator[str | dict[str, Any]]:
+    """Yield JSON objects, one on a line, or indented over several, as buildx 0.13 writes them, and other lines."""
     held: list[str] = []
     for line in lines:
         if not held and not line.startswith("{"):
-            continue  # somebody else's
+            yield line  # somebody else's
+            continue
         held.append(line)
         if line.startswith("}") or (len(held) == 1 and line.endswith("}")):
             with suppress(ValueError):
                 yield json.loads("\n".join(held))
             held.clear()
+
+
+def read_words(lines: Iterable[Line]) -> Iterator[str]:
+    """Yield a build's lines as a person reads them: of BuildKit's JSON what the steps wrote, and how they failed."""
+    for part in _read_parts(line.text for line in lines):
+        if isinstance(part, str):
+            yield part
+            continue
+        for log in part.get("logs") or ():
+            yield from b64decode(log.get("data") or "").decode(errors="replace").splitlines()
+        for vertex in part.get("vertexes") or ():
+            if vertex.get("error"):
+                yield f"{vertex.get('name')}: {vertex['error']}"
 
 
 def _seconds(stamp: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmbuild import process
-from vmbuild.bench.phases import Line
+from vmbuild.bench.phases import Line, read_words
 from vmbuild.bench.sampler import Sampler, Taken
 from vmbuild.errors import BuildError
 
@@ -60,5 +60,5 @@ def measure(command: Command) -> Measured:
 
 
 def _failure(argv: Sequence[str], code: int, lines: Sequence[Line]) -> BuildError:
-    told = "\n".join(line.text[:400] for line in lines[-TAIL_LINES:])
+    told = "\n".join(line[:400] for line in list(read_words(lines))[-TAIL_LINES:])
     return BuildError(f"a run of the comparison failed with exit code {code}", details=f"$ {argv[0]} ...\n{told}")

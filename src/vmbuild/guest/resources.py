@@ -31,8 +31,8 @@ df -k /disk | awk 'END { print "disk:", $3 }'
 """
 
 # Free pages go back to the host by themselves, what is cached of files does not. Some of it is worth more to the next
-# build: Docker's own programs, which QEMU has to translate again when they lie in other pages. So the coldest goes first,
-# where Linux takes that order (6.12; 6.1 does not know `swappiness` there, without which it would swap). Compaction
+# build: Docker's own programs, which QEMU has to translate again when they lie in other pages. So the coldest goes,
+# where Linux takes that order (6.12 does; 6.1 does not know `swappiness` there, and would swap without it). Compaction
 # because only whole pieces go back (page_reporting_order in the guest image's row).
 GIVE_BACK = """
 renice -n 19 -p $$

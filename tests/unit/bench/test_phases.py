@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from datetime import UTC, datetime
 
 import pytest
 
-from vmbuild.bench.phases import Line, Phase, read_buildah, read_buildkit
+from vmbuild.bench.phases import Line, Phase, read_buildah, read_buildkit, read_words
 
 BEGUN = 1_800_000_000.0
 
@@ -68,6 +69,21 @@ def test_indented_json_is_the_same() -> None:
     assert len(indented) > 5 * len(BUILDKIT)
     stages = ("build", "")
     assert read_buildkit(indented, stages, BEGUN, BEGUN + 16) == read_buildkit(BUILDKIT, stages, BEGUN, BEGUN + 16)
+
+
+def test_what_a_person_reads_are_the_words_of_the_steps_and_why_they_failed() -> None:
+    failed = {"vertexes": [{"digest": "sha256:x", "name": "[2/2] RUN make", "error": "exit code: 2"}]}
+    said = {"logs": [{"vertex": "x", "data": b64encode(b"cc: no\ncc: at all\n").decode()}, {"vertex": "x"}]}
+    indented = [Line(BEGUN, text) for text in json.dumps(said, indent=2).splitlines()]
+    lines = [*BUILDKIT, *indented, Line(BEGUN, json.dumps(failed)), Line(BEGUN, "error: it failed")]
+    assert list(read_words(lines)) == [
+        "warning: somebody else's line",
+        "hi",
+        "cc: no",
+        "cc: at all",
+        "[2/2] RUN make: exit code: 2",
+        "error: it failed",
+    ]
 
 
 def test_one_stage_has_no_name() -> None:
