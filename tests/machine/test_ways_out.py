@@ -265,3 +265,17 @@ def test_an_engine_of_the_host_loads_it(built: Built, based: Cli, tmp_path: Path
     path = f"{tmp_path}:{os.environ['PATH']}"
     based.ok("build", "context", "-t", "app:1", "--load=podman", cwd=built.folder, PATH=path)
     assert skopeo(f"docker-archive:{tmp_path}/loaded.tar")["Architecture"] == "arm64"
+
+
+def test_a_cache_in_a_registry_serves_a_guest_that_has_none(built: Built, based: Cli, tmp_path: Path) -> None:
+    """The last of this file: it empties the guest's own cache."""
+    cache = f"type=registry,ref={built.registry.host}/team/cache:1"
+    (tmp_path / "Dockerfile").write_text(f"FROM {BASE}\nRUN echo made $((6 * 7)) >/made && cat /made\n")
+    argv = ("build", ".", "-t", "cached:1", "--progress", "plain")
+    assert "made 42" in based.ok(*argv, "--cache-to", f"{cache},mode=max", cwd=tmp_path).err
+    kept: dict[str, Any] = built.registry.inspect("team/cache:1", "--raw")
+    assert "application/vnd.buildkit.cacheconfig.v0" in json.dumps(kept)
+    based.guest("docker image rm cached:1; docker builder prune -af")
+    again = based.ok(*argv, "--cache-from", cache, cwd=tmp_path)
+    assert "made 42" not in again.err
+    assert "CACHED" in again.err
