@@ -39,7 +39,7 @@ renice -n 19 -p $$
 sync
 cached_mib() { awk '/^(Active|Inactive).file/ { sum += $2 } END { print int(sum / 1024) }' /proc/meminfo; }
 if [ "$(cached_mib)" -gt 384 ] && ! pidof docker-buildx; then # a build that runs now gives back at its own end
-    echo "$(($(cached_mib) - 160))M swappiness=0" >/sys/fs/cgroup/memory.reclaim
+    echo "$(($(cached_mib) - 128))M swappiness=0" >/sys/fs/cgroup/memory.reclaim
     [ "$(cached_mib)" -le 384 ] || echo 3 >/proc/sys/vm/drop_caches
     echo 1 >/proc/sys/vm/compact_memory
 fi
