@@ -15,8 +15,8 @@ from vmbuild.machine.qmp import Qmp
 CHANNELS = 2
 """Threads that carry memory pages, beside the one that carries the devices."""
 
-ASK_AGAIN_S = 0.005
-"""A machine that starts from a snapshot is read in a tenth of a second, and waits for nothing else."""
+SAVED_S, LOADED_S = 0.02, 0.005
+"""Pauses between two questions. A start reads its snapshot in a tenth of a second; a saving takes longer."""
 
 NO_LIMIT = 1 << 40
 """Bytes a second; QEMU's default of 128 MiB a second is meant for a network."""
@@ -53,7 +53,7 @@ def load(qmp: Qmp, path: Path, deadline: Deadline, *, fast: bool | None) -> None
         _go(qmp, "migrate-incoming", path, os.O_RDONLY, fast)
     except HostError as error:
         raise MachineError(error.brief) from error
-    _wait(qmp, deadline, "restored")
+    _wait(qmp, deadline, "restored", LOADED_S)
 
 
 def give_up(qmp: Qmp, deadline: Deadline) -> None:
@@ -94,7 +94,7 @@ def _go(qmp: Qmp, command: str, path: Path, flags: int, fast: bool) -> None:
         os.close(handle)
 
 
-def _wait(qmp: Qmp, deadline: Deadline, what: str) -> None:
+def _wait(qmp: Qmp, deadline: Deadline, what: str, pause_s: float = SAVED_S) -> None:
     while True:
         found = qmp.execute("query-migrate")
         status = found.get("status", "none")
@@ -102,6 +102,6 @@ def _wait(qmp: Qmp, deadline: Deadline, what: str) -> None:
             return
         if status in ("failed", "cancelled"):
             raise MachineError(f"the machine's state could not be {what}", details=str(found.get("error-desc", "")))
-        deadline.sleep(ASK_AGAIN_S)
+        deadline.sleep(pause_s)
         if deadline.passed:  # QEMU is not asked again: it could not answer in time either
             raise MachineError(f"the machine's state was not {what} in time")

@@ -35,17 +35,14 @@ class Qmp:
         self._asked = 0
         try:
             self._socket = connect_unix(path, deadline)
-        except OSError as error:
-            raise _silent(path, error) from error
-        try:
-            self._read()  # its greeting
-            self._ask("qmp_capabilities", {})
+            try:
+                self._read()  # its greeting
+                self._ask("qmp_capabilities", {})
+            except BaseException:
+                self._socket.close()
+                raise
         except (OSError, ValueError) as error:
-            self._socket.close()
-            raise _silent(path, error) from error
-        except BaseException:
-            self._socket.close()
-            raise
+            raise MachineError("QEMU's monitor does not answer", details=f"{path}: {error}") from error
 
     def __enter__(self) -> Qmp:
         return self
@@ -109,10 +106,6 @@ class Qmp:
 
     def _limit(self) -> None:
         self._socket.settimeout(max(self._deadline.remaining_s(), 0.001))  # zero would mean: do not block at all
-
-
-def _silent(path: Path, error: Exception) -> MachineError:
-    return MachineError("QEMU's monitor does not answer", details=f"{path}: {error}")
 
 
 def connect_unix(path: Path, deadline: Deadline) -> socket.socket:
