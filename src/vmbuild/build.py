@@ -232,7 +232,7 @@ def base(
         report.step(f"Loading {spec.repo_tag}")
         with docker.workspace(session) as work:
             write = partial(bases.write_archive, reference=spec.repo_tag, layers=layers, others=have)
-            transfer.write_file(session, work.archive, write)
+            transfer.write_large_file(session, work.archive, write, channel_of(files))
             return BaseResult(spec.repo_tag, platforms, bases.load(session, work.archive, spec.repo_tag))
 
 

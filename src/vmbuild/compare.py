@@ -10,11 +10,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from vmbuild.bench import facts, sampler
-from vmbuild.bench.result import Report, Result, Run
+from vmbuild.bench.result import Failure, Report, Result, Run, run_name
+from vmbuild.bench.runner import RunFailedError
 from vmbuild.bench.workload import Workload
 from vmbuild.model import Home, MachineRequest
 from vmbuild.report import Reporter
@@ -22,13 +24,16 @@ from vmbuild.sides import SIDES, Asked, Side, open_sides
 from vmbuild.whole import hash_file
 
 
-def compare(request: MachineRequest, asked: Asked, home: Home, report: Reporter) -> Report:
-    """Build each workload on each side, in turns, and return what that took. Raises BuildError when one fails."""
-    made_at = time.time()
+def compare(request: MachineRequest, asked: Asked, home: Home, report: Reporter) -> Iterator[Report]:
+    """Build each workload on each side, in turns; yield what that took: of the first, of the first two, and so on.
+
+    A side whose build fails has no more turns: that is a result too.
+    """
+    found = Report(time.time(), version("vmbuild"), asked.command, facts.host_facts(), ())
     with _on_cpus(request.cpus):
-        host = facts.host_facts()
-        results = tuple(_compare_one(request, asked, work, home, report) for work in asked.workloads)
-    return Report(made_at, version("vmbuild"), asked.command, host, results)
+        for work in asked.workloads:
+            found = replace(found, results=(*found.results, _compare_one(request, asked, work, home, report)))
+            yield found
 
 
 @contextmanager
@@ -48,10 +53,16 @@ def _compare_one(request: MachineRequest, asked: Asked, work: Workload, home: Ho
     )
     with tempfile.TemporaryDirectory(prefix="vmbuild-bench-") as folder, ExitStack() as until_done:
         sides = open_sides(request, asked, work, home, report, Path(folder), until_done)
-        runs: list[Run] = []
+        runs, failures = list[Run](), dict[str, Failure]()
         for number in range(work.runs + 1):
             for side in sides:
-                runs += _run_once(side, number, Path(folder) / "image.tar", asked.quiet_s, report)
+                if side.name in failures:
+                    continue
+                try:
+                    runs += _run_once(side, number, Path(folder) / "image.tar", asked.quiet_s, report)
+                except RunFailedError as error:
+                    failures[side.name] = Failure(side.name, number, error.seconds, error.words)
+                    report.warn(f"{side.name}, {run_name(number)}: the build failed after {error.seconds:.1f} s")
         side_facts = {side.name: {"what": SIDES[side.name].what, **side.facts()} for side in sides}
     return Result(
         name=work.name,
@@ -64,19 +75,19 @@ def _compare_one(request: MachineRequest, asked: Asked, work: Workload, home: Ho
         sides=tuple(side.name for side in sides),
         side_facts=side_facts,
         runs=tuple(runs),
+        failures=tuple(failures.values()),
     )
 
 
 def _run_once(side: Side, number: int, output: Path, quiet_s: float, report: Reporter) -> list[Run]:
-    """Make a run; the first, which warms up, counts for nothing."""
+    """Make a run; the first, which warms up, counts for nothing. Raises RunFailedError."""
     side.before()
     output.unlink(missing_ok=True)
     is_quiet = sampler.wait_quiet(quiet_s)
     measured = side.run(output)
     taken = measured.taken
-    what = f"run {number}" if number else "warming up"
     doubt = _doubt(taken, is_quiet=is_quiet)
-    report.step(f"{side.name}, {what}: {taken.seconds:.1f} s, {taken.cpu_s:.1f} s of CPU{doubt}")
+    report.step(f"{side.name}, {run_name(number)}: {taken.seconds:.1f} s, {taken.cpu_s:.1f} s of CPU{doubt}")
     if number == 0:
         return []
     size = output.stat().st_size

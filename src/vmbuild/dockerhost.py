@@ -19,7 +19,7 @@ from vmbuild.machine import lifetime
 from vmbuild.machine.facts import load_facts
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Home
-from vmbuild.reach import connect, endpoint_of, existing
+from vmbuild.reach import at_rest, connect, endpoint_of, existing
 from vmbuild.report import Reporter
 from vmbuild.whole import write_whole, writing_in
 
@@ -43,7 +43,7 @@ def open_socket(name: str, home: Home, report: Reporter) -> DockerHost:
 
     Raises MachineError when the machine does not run, GuestError when its Docker does not answer.
     """
-    files = existing(name, home)
+    files = at_rest(name, home)
     lifetime.check_running(files)
     with writing_in(files.folder):
         files.docker_wanted.touch(mode=0o600)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from vmbuild import deliver, record, supply
+from vmbuild import deliver, record, renew, supply
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
@@ -121,7 +121,7 @@ def to_the_end(running: Running, home: Home, report: Reporter, *, stdout: Binary
 
 def _end_to_end(running: Running, home: Home, report: Reporter, stdout: BinaryIO, watch: Watch) -> BuildResult:
     _check_places(running.record)
-    with _ended_after(running):
+    with _ended_after(running, home):
         return _finish(running, home, report, stdout, watch)
 
 
@@ -134,7 +134,7 @@ def _check_places(asked: BuildRecord) -> None:
 
 
 @contextmanager
-def _ended_after(running: Running) -> Iterator[None]:
+def _ended_after(running: Running, home: Home) -> Iterator[None]:
     """End a build, and remove what it leaves, however the block is left; but for what leaves a build running."""
     try:
         yield
@@ -147,6 +147,7 @@ def _ended_after(running: Running) -> Iterator[None]:
     with suppress(VmbuildError):  # the build is done, whatever becomes of its machine now
         _end(running)
         resources.give_back_later(running.session)
+        renew.start_later(running.files, home)
 
 
 def _end(running: Running) -> None:

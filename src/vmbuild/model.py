@@ -237,7 +237,7 @@ class GuestImage:
 
 @dataclass(frozen=True)
 class Freed:
-    """Space that the host has back: of what (`guest image`, `snapshot`, `downloads`, a machine's `disk`), and bytes."""
+    """Space that the host has back, in bytes: a guest image, a snapshot, downloads, a machine's disk or memory."""
 
     what: str
     name: str

@@ -14,7 +14,7 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.resources import CLOSE_ENOUGH_MIB, LEAST_MEMORY_MIB, grow_disk, set_memory
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import MIB, Home, MachineRequest, MachineStatus, format_size
-from vmbuild.reach import check_state, connect, existing, running_session
+from vmbuild.reach import at_rest, check_state, connect, existing, running_session
 from vmbuild.report import Reporter
 from vmbuild.start import open_session
 
@@ -137,7 +137,7 @@ def resize(
     name: str, home: Home, report: Reporter, *, cpus: int | None, memory_mib: int | None, disk_bytes: int | None
 ) -> None:
     """Change a running machine's CPUs, memory and disk. Raises UsageError for what it cannot become while it runs."""
-    files = existing(name, home)
+    files = at_rest(name, home)
     lifetime.check_running(files)
     now = lifetime.status(files)
     _check_size(now, cpus, memory_mib)
@@ -188,7 +188,7 @@ def list_machines(home: Home) -> list[MachineStatus]:
 
 def console(name: str, home: Home, report: Reporter) -> None:
     """Connect this terminal to the machine's serial console."""
-    files = existing(name, home)
+    files = at_rest(name, home)
     lifetime.check_alive(files)
     report.step("Connecting to the serial console; Ctrl-] detaches")
     serial.attach_console(files.console)

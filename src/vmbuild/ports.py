@@ -11,7 +11,7 @@ from vmbuild.machine import lifetime, ports
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.ports import SSH, Forward
 from vmbuild.model import Home
-from vmbuild.reach import existing
+from vmbuild.reach import at_rest
 from vmbuild.report import Reporter
 
 MAX_PORT = 65535
@@ -87,6 +87,6 @@ def _open(files: MachineFiles, port: int, report: Reporter) -> bool:
 
 
 def _running(name: str, home: Home) -> MachineFiles:
-    files = existing(name, home)
+    files = at_rest(name, home)
     lifetime.check_running(files)
     return files

@@ -261,6 +261,16 @@ def rss_bytes(pid: int) -> int | None:
     return int(text) * 1024 if text.isdigit() else None
 
 
+def peak_rss_bytes(pid: int) -> int | None:
+    """Return the most resident memory that a process has had, None where nobody tells. Source: proc_pid_status(5)."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
 def cpu_seconds(pid: int) -> float | None:
     """Return the CPU time that a process has had since it began, None when there is no such process."""
     text = _proc_column(pid, "time=")

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from vmbuild.deadline import Deadline
-from vmbuild.errors import MachineError, UsageError
+from vmbuild.errors import GuestError, MachineError, UsageError
 from vmbuild.guest import ready, seed
 from vmbuild.guest.channel import Channel
 from vmbuild.guest.session import Session
+from vmbuild.lock import is_free
 from vmbuild.machine import lifetime
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Endpoint, Home, MachineStatus
 from vmbuild.report import Reporter
+
+MOVING, MOVE_S = ("paused", "suspended", "restoring"), 20.0
+"""What a machine is while it goes on in another QEMU (`renew`), and how long that may take."""
 
 
 def write_seed(files: MachineFiles, hostname: str, environment: Mapping[str, str]) -> None:
@@ -58,8 +62,21 @@ def channel_of(files: MachineFiles) -> Channel:
 def running(name: str, home: Home) -> MachineFiles:
     """Return the files of a machine that runs. Raises MachineError when it does not."""
     files = MachineFiles.at(home.state, name)
-    check_state(files, lifetime.status(files))
+    check_state(files, _settle(files))
     return files
+
+
+def _settle(files: MachineFiles) -> MachineStatus:
+    """Wait, though not for ever, for a command that moves a machine to another QEMU; return what it is then."""
+    limit = Deadline.after(MOVE_S)
+    now = lifetime.status(files)
+    while now.state in MOVING and not limit.passed:
+        nobody_moves_it = is_free(files.lock)
+        now = lifetime.status(files)  # whoever did may have ended since it was asked
+        if nobody_moves_it:
+            break
+        limit.sleep(0.1)
+    return now
 
 
 def check_state(files: MachineFiles, now: MachineStatus) -> None:
@@ -75,11 +92,28 @@ def check_state(files: MachineFiles, now: MachineStatus) -> None:
 @contextmanager
 def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Session]:
     """Yield a session in a machine that runs already. Raises MachineError when it does not."""
-    session = connect(running(name, home), Deadline.after(limit_s))
+    session = _connect_running(name, home, Deadline.after(limit_s))
     try:
         yield session
     finally:
         session.close()
+
+
+def _connect_running(name: str, home: Home, limit: Deadline) -> Session:
+    files = running(name, home)
+    try:
+        return connect(files, limit)
+    except GuestError:
+        if is_free(files.lock):
+            raise
+        return connect(running(name, home), limit)  # it began to be moved when we had looked
+
+
+def at_rest(name: str, home: Home) -> MachineFiles:
+    """Return the files of a machine that is not being moved to another QEMU at this moment; see `existing`."""
+    files = existing(name, home)
+    _settle(files)
+    return files
 
 
 def existing(name: str, home: Home) -> MachineFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,11 +11,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from vmbuild import build, operate, process, settle
-from vmbuild.bench import binfmt, facts, phases, userspace
+from vmbuild.bench import binfmt, engine, facts, phases, userspace
 from vmbuild.bench.runner import Command, Measured, measure
-from vmbuild.bench.userspace import Userspace
 from vmbuild.bench.workload import Workload
 from vmbuild.errors import UsageError
 from vmbuild.guest import archive, bases, oci
@@ -75,6 +76,28 @@ class Side:
     facts: Callable[[], Mapping[str, str]]
 
 
+class Bare(Protocol):
+    """A side without a machine, for one platform."""
+
+    def import_base(self, reference: str, archive: Path | None, /) -> None:
+        """Give it a base image by its full name, of an archive or else the registry's."""
+
+    def run_build(self, work: Workload, output: Path, /) -> Measured:
+        """Build a workload and write its archive. Raises RunFailedError."""
+
+    def read(self, work: Workload, measured: Measured, /) -> tuple[phases.Phase, ...]:
+        """Return the phases of a build that was measured."""
+
+    def qemu_version(self) -> str:
+        """Return the emulator's version; nothing where there is none, or it cannot be known."""
+
+    def describe(self) -> dict[str, str]:
+        """Return what there is to know of it in a report."""
+
+    def close(self) -> None:
+        """Leave the host as it was, but for what is in vmbuild's cache."""
+
+
 def open_sides(
     request: MachineRequest,
     asked: Asked,
@@ -89,14 +112,12 @@ def open_sides(
     opened: dict[str, Side] = {}
     # What cannot be is said before anything that takes long.
     user_sides = {
-        name: userspace.open_userspace(
-            work.platform,
-            asked.user_runner if SIDES[name].runner == "auto" else str(SIDES[name].runner),
-            home.cache / "bench",
-        )
+        name: _open_bare(SIDES[name], work.platform, request, asked, home, report)
         for name in asked.sides
         if SIDES[name].runner is not None
     }
+    for space in user_sides.values():
+        until_done.callback(space.close)
     archives: dict[str, Path] = {}
     machines = [name for name in asked.sides if SIDES[name].runner is None]
     if not machines and known:
@@ -113,10 +134,25 @@ def open_sides(
         opened[name] = _machine_side(name, own, work, home, report)
     for name, space in user_sides.items():
         for reference in work.bases:
-            userspace.import_base(space, oci.full_reference(reference), archives.get(reference))
+            space.import_base(oci.full_reference(reference), archives.get(reference))
         opened[name] = _user_side(name, space, work)
     _warn_of_versions(user_sides, request, home, report)
     return [opened[name] for name in asked.sides]
+
+
+def _open_bare(
+    kind: SideKind, platform: str, request: MachineRequest, asked: Asked, home: Home, report: Reporter
+) -> Bare:
+    """Return a side without a machine. Raises HostError when this host cannot."""
+    runner = asked.user_runner if kind.runner == "auto" else str(kind.runner)
+    if runner == "auto" and not process.has_program("buildah") and process.has_program("docker"):
+        runner = "docker"
+    if runner != "docker":
+        return userspace.open_userspace(platform, runner, home.cache / "bench")
+    has = os.cpu_count() or 1
+    if request.cpus < has:
+        report.warn(f"Docker's engine builds on all {has} CPUs of this host, the machine on {request.cpus}")
+    return engine.open_engine(platform)
 
 
 def _stop(name: str, home: Home, report: Reporter) -> None:
@@ -143,12 +179,13 @@ def _export_base(
 ) -> None:
     """Write a base image of the machine as a docker archive."""
     tag = catalog.load_base(reference).repo_tag
+    own = f"localhost/vmbuild-bench/{tag}"  # an engine of the host may have another by the plain name
     with open_session(request, home, report) as session, path.open("wb") as out:
         found = bases.find(session, tag)
         assert found is not None  # noqa: S101 - it was made a moment ago
         digest = str(found.manifests[platform]["digest"])
         known = base_image.known_layers(home.cache)
-        archive.write_archive(session, digest, (tag,), out, known, report, channel_of(_files(request, home)))
+        archive.write_archive(session, digest, (own,), out, known, report, channel_of(_files(request, home)))
 
 
 def _files(request: MachineRequest, home: Home) -> MachineFiles:
@@ -184,17 +221,15 @@ def _build_argv(request: MachineRequest, work: Workload, output: Path) -> list[s
     """Return the command that a user would build with."""
     argv = [sys.executable, "-m", "vmbuild", "build", str(work.context), "--file", str(work.dockerfile.absolute())]
     argv += ["--name", request.name, "--platform", work.platform, "--progress", "rawjson", "--no-cache"]
-    argv += ["--tag", "vmbuild-bench", "--output", str(output)]
-    for key, value in work.build_args.items():
-        argv += ["--build-arg", f"{key}={value}"]
-    return [*argv, "--target", work.target] if work.target else argv
+    return [*argv, "--tag", "vmbuild-bench", "--output", str(output), *work.options()]
 
 
 def _build_env(request: MachineRequest, home: Home) -> dict[str, str]:
     own = {"DISK": str(request.disk_bytes), "SNAPSHOTS": "off", "STATE_DIR": str(home.state)}
     if request.arch:
         own["ARCH"] = arch_name(request.arch)
-    return {**asking_for(request, home.cache), **{f"VMBUILD_{name}": value for name, value in own.items()}}
+    quiet = {"CI": "1"}  # nothing goes on in the background: not while the other side has its turn, either
+    return {**asking_for(request, home.cache), **quiet, **{f"VMBUILD_{name}": value for name, value in own.items()}}
 
 
 def _machine_facts(name: str, request: MachineRequest, home: Home, report: Reporter) -> dict[str, str]:
@@ -212,21 +247,15 @@ def _machine_facts(name: str, request: MachineRequest, home: Home, report: Repor
     }
 
 
-def _user_side(name: str, space: Userspace, work: Workload) -> Side:
-    def read(measured: Measured) -> tuple[phases.Phase, ...]:
-        return phases.read_buildah(measured.lines, measured.begun, measured.ended)
-
-    run = partial(userspace.run_build, space, work)
-    return Side(name, run, read, lambda: None, partial(userspace.describe, space))
+def _user_side(name: str, space: Bare, work: Workload) -> Side:
+    return Side(name, partial(space.run_build, work), partial(space.read, work), lambda: None, space.describe)
 
 
-def _warn_of_versions(spaces: Mapping[str, Userspace], request: MachineRequest, home: Home, report: Reporter) -> None:
+def _warn_of_versions(spaces: Mapping[str, Bare], request: MachineRequest, home: Home, report: Reporter) -> None:
     """Say when the two sides do not run the same QEMU: then they are not compared, but two versions of it."""
     qemu = probe(settle.machine_arch(request, _files(request, home), home.cache), home.cache)
     ours = binfmt.short_version(binfmt.version_of(qemu.binary))
     for name, space in spaces.items():
-        if space.emulator is None:
-            continue
-        theirs = binfmt.short_version(binfmt.version_of(space.program))
-        if theirs != ours:
+        theirs = space.qemu_version()
+        if theirs and binfmt.short_version(theirs) != ours:
             report.warn(f"{name} runs QEMU {theirs}, the machine {ours}: what differs may be the version")

@@ -19,8 +19,10 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, HostError, MachineError
 from vmbuild.guest.session import Session
 from vmbuild.image import catalog, given, store
-from vmbuild.machine import control, lifetime, snapshot, suspension
+from vmbuild.machine import control, lifetime, ports, snapshot, suspension
+from vmbuild.machine.facts import Facts, load_facts
 from vmbuild.machine.files import MachineFiles
+from vmbuild.machine.ports import Forward
 from vmbuild.machine.probe import Qemu, probe_for
 from vmbuild.machine.suspension import Suspension
 from vmbuild.model import (
@@ -29,6 +31,7 @@ from vmbuild.model import (
     DiskSpec,
     GuestImage,
     Home,
+    ImageSpec,
     KernelBoot,
     MachineRequest,
     MachineSpec,
@@ -189,29 +192,65 @@ def go_on(kept: Suspension, request: MachineRequest, files: MachineFiles, home: 
     spec, qemu = fit_here(kept, request, home, report)
     write_seed(files, f"vmbuild-{files.name}", passing.proxies(request))
     report.step(f"Going on with the suspended machine {files.name}")
+    session = wake(kept, spec, qemu, files, Deadline.after(request.timeout_s), report)
+    if record.load_all(files.builds):
+        report.step(f"A build goes on in it: `vmbuild attach {files.name}` shows and finishes it")
+    return session
+
+
+def wake(
+    kept: Suspension,
+    spec: MachineSpec,
+    qemu: Qemu,
+    files: MachineFiles,
+    limit: Deadline,
+    report: Reporter,
+    forwards: Sequence[Forward] = (),
+) -> Session:
+    """Start a machine from its suspension, its ports as they were, and wait for its guest.
+
+    Raises MachineError or GuestError.
+    """
     with ThreadPoolExecutor(1) as beside:
         check = beside.submit(suspension.check, files, kept).result
         order = f"go_on {round(time.time())}"
         discard = partial(suspension.discard, files)
         restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast, is_own=True)
         lifetime.start(spec, files, qemu, restore=restore)
-    session = _wait_awake(files, Deadline.after(request.timeout_s), report)
-    if record.load_all(files.builds):
-        report.step(f"A build goes on in it: `vmbuild attach {files.name}` shows and finishes it")
-    return session
+    if forwards:
+        ports.restore(files, forwards)
+    return _wait_awake(files, limit, report)
 
 
 def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> tuple[MachineSpec, Qemu]:
     """Return the machine that can go on from a suspension on this host, and the QEMU for it. Raises MachineError."""
     image = _image_of(kept, request, home, report)
     qemu = probe_for(image, home.cache)
-    return suspension.fit(kept, MachineSpec(request.name, request.cpus, request.memory_mib, 0, image), qemu), qemu
+    return suspension.fit(kept.facts, _as_it_was(kept.facts, request.name, image), qemu, kept.qemu), qemu
+
+
+def fit_again(files: MachineFiles, home: Home) -> tuple[MachineSpec, Qemu]:
+    """Return the machine that one that runs here could go on as, and the QEMU for it. Raises MachineError for none."""
+    facts = load_facts(files)
+    image = store.find_digest(_spec_of(facts, home), facts.image_digest, home.cache) if facts is not None else None
+    if facts is None or image is None:
+        raise MachineError(f"the guest image of the machine {files.name} is not in the cache any more")
+    qemu = probe_for(image, home.cache)
+    return suspension.fit(facts, _as_it_was(facts, files.name, image), qemu), qemu
+
+
+def _as_it_was(facts: Facts, name: str, image: GuestImage) -> MachineSpec:
+    return MachineSpec(name, facts.cpus, facts.memory_mib, facts.disk_bytes, image)
+
+
+def _spec_of(facts: Facts, home: Home) -> ImageSpec:
+    # By its name only: the facts may be a bundle's, whose maker must not have a file of this host or a URL taken.
+    return catalog.load_image(facts.image, catalog.find_folders(home.cache))
 
 
 def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> GuestImage:
     """Return the guest image that a suspended machine needs, assembled if the cache has it not."""
-    # By its name only: the facts may be a bundle's, whose maker must not have a file of this host or a URL taken.
-    spec = catalog.load_image(kept.facts.image, catalog.find_folders(home.cache))
+    spec = _spec_of(kept.facts, home)
     found = store.find_digest(spec, kept.facts.image_digest, home.cache)
     return found or fetch_image(replace(request, image=spec.name, arch=None), home, report)
 

@@ -38,6 +38,9 @@ from vmbuild.start import Shape, shape_of
 PARK_S = 120.0
 SAVE_S = 300.0
 
+PATIENCE = 12
+"""So many times as long each part may take in the background, where it has only what the others leave of the CPUs."""
+
 
 @dataclass(frozen=True)
 class ImageRow:
@@ -75,6 +78,7 @@ def make_snapshot(
     """
     if in_background:
         process.give_way(os.getpid())
+    patience = PATIENCE if in_background else 1
     request = settle.fit(replace(request, snapshots=True), settle.choose_image(request, home.cache).arch)
     shape = shape_of("snapshot", request, home, report)
     if shape.key is None:
@@ -82,10 +86,12 @@ def make_snapshot(
             raise UsageError(f"the guest image {shape.spec.image.name} is a disk, of which no snapshot can be made")
         raise UsageError("snapshots serve machines that QEMU emulates; this host runs them on its own CPU")
     with hold(snapshot.lock_file(home.cache, shape.key), report, "makes this snapshot"):
-        return snapshot.find(home.cache, shape.key) or _boot_and_save(shape, shape.key, request, home, report)
+        return snapshot.find(home.cache, shape.key) or _boot_and_save(shape, shape.key, request, home, report, patience)
 
 
-def _boot_and_save(shape: Shape, key: str, request: MachineRequest, home: Home, report: Reporter) -> snapshot.Snapshot:
+def _boot_and_save(
+    shape: Shape, key: str, request: MachineRequest, home: Home, report: Reporter, patience: int
+) -> snapshot.Snapshot:
     for left in snapshot.remains(home.cache, key):  # we hold the lock: nobody waits for these
         lifetime.stop(left, Deadline.after(0))
     with snapshot.making(home.cache, key) as files:
@@ -95,11 +101,11 @@ def _boot_and_save(shape: Shape, key: str, request: MachineRequest, home: Home, 
         lifetime.start(shape.spec, files, shape.qemu)
         try:
             _give_way_too(files)
-            wait_ready(files, Deadline.after(request.timeout_s), report).close()
+            wait_ready(files, Deadline.after(patience * request.timeout_s), report).close()
             control.send(files, "park")
-            control.wait_for(files, "parked", Deadline.after(PARK_S))
+            control.wait_for(files, "parked", Deadline.after(patience * PARK_S))
             report.step("Saving its memory")
-            lifetime.save(files, files.folder / "ram", Deadline.after(SAVE_S))
+            lifetime.save(files, files.folder / "ram", Deadline.after(patience * SAVE_S))
         finally:
             lifetime.stop(files, Deadline.after(0))
         return snapshot.publish(home.cache, key, shape.spec, shape.qemu, files.folder / "ram")

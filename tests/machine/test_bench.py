@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.machine import user_mode
+from tests.machine import host_engine, user_mode
 from tests.machine.conftest import BASE, Cli
-from tests.unit.bench.examples import make_report, make_result
+from tests.unit.bench.examples import make_failed, make_report, make_result
 from vmbuild.bench import binfmt, page
 
 pytestmark = [pytest.mark.machine, pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")]
@@ -72,6 +72,58 @@ def _check_run(run: dict[str, Any]) -> None:
     assert run["samples"]
 
 
+@pytest.mark.skipif(not user_mode.can_emulate(), reason="no buildah, no emulator, or no namespaces for it")
+def test_what_only_a_machine_can_build_is_a_result(cli: Cli, tmp_path: Path) -> None:
+    words = "this is user mode"
+    for name, test in (("one", f"""if [ "$QEMU_CPU" ]; then echo {words}; exit 75; fi"""), ("two", "true")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Dockerfile").write_text(f"FROM {BASE}\nRUN {test}\n")
+        (tmp_path / name / "bench.toml").write_text("runs = 1\n")
+    options = ("--suite", "--cpus", "1", "--name", "bench", "--quiet-limit", "0")
+    done = cli.ok("bench", str(tmp_path), *options, "--report", str(tmp_path / "report"))
+    assert f"    {words}\n" in done.err
+    one, two = json.loads((tmp_path / "report/report.json").read_text())["results"]
+    assert [(each["side"], each["number"]) for each in one["failures"]] == [("user", 0)]
+    assert [run["side"] for run in one["runs"]] == ["vm"]
+    assert one["summary"][0]["ratios"] == {}
+    assert two["failures"] == []
+    assert [run["side"] for run in two["runs"]] == ["vm", "user"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not host_engine.can_run(), reason="no root, or no binfmt_misc at /proc/sys/fs/binfmt_misc")
+def test_dockers_own_buildx_is_compared(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "context").mkdir()
+    step = 'RUN [ "$(uname -m)" = aarch64 ] && find /usr -xdev | sort | sha256sum && sleep 1\n'
+    (tmp_path / "context/Dockerfile").write_text(f"FROM {BASE}\n{step}")
+    emulator = binfmt.EMULATORS["linux/arm64"]
+    program = shutil.which(emulator.program)
+    assert program
+    options = ("--runs", "1", "--name", "bench", "--user-runner", "docker", "--quiet-limit", "0")
+    with host_engine.running(cli.cache) as where, host_engine.registered(emulator, program):
+        done = cli.ok(
+            "bench",
+            str(tmp_path / "context"),
+            *options,
+            "--json",
+            "-",
+            DOCKER_HOST=where.host,
+            DOCKER_CONFIG=where.config,
+        )
+        left = subprocess.check_output(["docker", "images", "--format", "{{.Repository}}"], env=where.env).decode()
+    (result,) = done.json()["results"]
+    assert result["failures"] == []
+    _, user = result["runs"]
+    assert user["side"] == "user"
+    assert {"run 1.01", "export"} <= {phase["key"] for phase in user["phases"]}
+    assert user["archive_bytes"] > 20_000_000
+    assert user["cpu_s"] > 0.05
+    facts = result["side_facts"]["user"]
+    assert facts["what"] == "docker buildx, with qemu-user through binfmt_misc"
+    assert facts["emulator"] == program
+    assert left == ""
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -96,7 +148,7 @@ def browse(tmp_path: Path, url: str, *options: str) -> str:
     [(1100, "light", "rgb(249, 249, 247)"), (1100, "dark", "rgb(13, 13, 13)"), (390, "light", "rgb(249, 249, 247)")],
 )
 def test_the_page_fits_and_follows_the_theme(tmp_path: Path, width: int, theme: str, background: str) -> None:
-    text = page.render(make_report(make_result(), make_result("python-wheel", 66, 44)))
+    text = page.render(make_report(make_result(), make_result("python-wheel", 66, 44), make_failed("user")))
     file, frame = tmp_path / "index.html", tmp_path / "frame.html"
     file.write_text(text)
     escaped = text.replace("&", "&amp;").replace('"', "&quot;")

@@ -18,7 +18,7 @@ from tests.machine import users
 from tests.machine.conftest import BASE, Cli
 from tests.machine.users import User
 
-pytestmark = [pytest.mark.machine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.machine
 
 SUSPENDED = 75
 STEPS_S = 50

@@ -52,7 +52,6 @@ def test_io_makes_the_same_everywhere(based: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_wheel_is_one_for_the_platform(based: Cli, tmp_path: Path) -> None:
     build(based, "python-wheel", tmp_path / "out.tar")
     assert based.guest("docker run --rm python-wheel:test").strip() == "0xcbf43926"
@@ -60,7 +59,6 @@ def test_the_wheel_is_one_for_the_platform(based: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_gos_compiler_is_the_platforms(based: Cli, tmp_path: Path) -> None:
     build(based, "go", tmp_path / "out.tar")
     assert json.loads(based.guest("docker run --rm go:test"))["arch"] == "arm64"

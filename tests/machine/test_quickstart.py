@@ -41,7 +41,6 @@ def run_shown(user: User, argv: list[str], cwd: Path, capfd: pytest.CaptureFixtu
     return program.returncode, "".join(said)
 
 
-@pytest.mark.timeout(1500)
 def test_quickstart_as_a_fresh_user(fresh_user: User, capfd: pytest.CaptureFixture[str]) -> None:
     clone = fresh_user.home / "vmbuild"
     users.clone_into(clone, fresh_user)

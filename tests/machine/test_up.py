@@ -40,6 +40,10 @@ def test_the_guest_is_set_up_as_promised(machine: Cli) -> None:
     assert "zram" in machine.guest("cat /proc/swaps")
     assert "overlay" in machine.guest("mount | grep ' / '")
     assert machine.guest("docker info --format '{{.Driver}} {{.CgroupVersion}}'").split() == ["overlayfs", "2"]
+    assert (
+        machine.guest("cat /proc/$(pidof containerd)/timerslack_ns /proc/self/timerslack_ns").split() == ["4000000"] * 2
+    )
+    assert "unpigz" in machine.guest("command -v unpigz")
     clock = int(machine.guest("date +%s"))
     assert abs(clock - int(process.run(["date", "+%s"]))) <= 5
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmbuild.bench import binfmt
-from vmbuild.bench.userspace import Userspace, take_archive
+from vmbuild.bench.userspace import Userspace
 from vmbuild.errors import HostError
 
 PLATFORM = "linux/arm64"
@@ -37,7 +37,7 @@ class Buildah:
 
     def take(self, archive: Path, reference: str) -> None:
         """Take a docker archive in, by this name."""
-        take_archive(self.space, f"docker.io/library/{reference}", archive)
+        self.space.take_archive(f"docker.io/library/{reference}", archive)
 
     def build(self, context: Path, reference: str, *options: str) -> None:
         """Build a context, as Docker's format can say it all."""

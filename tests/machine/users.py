@@ -29,8 +29,9 @@ class User:
     def start(self, argv: list[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
         """Start a program as this user, all that it says in one pipe."""
         kept = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PIP_")}
-        # A snapshot is made in the background, by a process that would outlive the user.
-        own = {"HOME": str(self.home), "USER": self.name, "PATH": PATH, "VMBUILD_SNAPSHOTS": "off"}
+        # Else snapshots are made and idle machines watched in the background, by what would outlive the user.
+        quiet = {"CI": "1", "VMBUILD_SNAPSHOTS": "off"}
+        own = {"HOME": str(self.home), "USER": self.name, "PATH": PATH, **quiet}
         return subprocess.Popen(
             argv,
             cwd=cwd,

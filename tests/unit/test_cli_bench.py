@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.bench.examples import make_report
+from tests.unit.bench.examples import make_failed, make_report, make_result
 from vmbuild import compare
-from vmbuild.bench.result import Report
+from vmbuild.bench.result import Report, Result
 from vmbuild.cli.program import run
-from vmbuild.errors import UsageError
+from vmbuild.errors import BuildError, MachineError, UsageError
 from vmbuild.model import Home, MachineRequest
 from vmbuild.sides import Asked
 
@@ -33,9 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is compared, by a comparison that is over at once."""
     calls: list[Any] = []
 
-    def fake(request: MachineRequest, what: Asked, home: Home, report: object) -> Report:
+    def fake(request: MachineRequest, what: Asked, home: Home, report: object) -> Iterator[Report]:
         calls.append((request, what))
-        return make_report()
+        yield make_report()
 
     monkeypatch.setattr(compare, "compare", fake)
     return calls
@@ -74,6 +76,50 @@ def test_the_report_is_a_page_and_its_data(asked: list[Any], here: Path) -> None
 def test_json_on_standard_output_is_alone_there(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["schema"] == 1
+
+
+def have_found(monkeypatch: pytest.MonkeyPatch, *results: Result, then: Exception | None = None) -> None:
+    """Let the comparison find these one after the other, and then end or fail."""
+
+    def fake(*_: object) -> Iterator[Report]:
+        for count in range(1, len(results) + 1):
+            yield make_report(*results[:count])
+        if then is not None:
+            raise then
+
+    monkeypatch.setattr(compare, "compare", fake)
+
+
+def test_a_build_that_only_the_machine_can_do_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    have_found(monkeypatch, make_failed("user"))
+    assert run(["bench"]) == 0
+    out = capsys.readouterr()
+    assert re.search(r"^Whole build +22\.0 s \(21\.0 s to 23\.0 s\) +- +- *$", out.out, re.MULTILINE)
+    assert "user, warming up: the build failed after 61 s\n    word 5\n" in out.err
+    assert "word 6" not in out.err
+
+
+def test_a_build_that_the_machine_cannot_do_is_an_error_after_all_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    have_found(monkeypatch, make_failed("vm"), make_result("other"))
+    assert run(["bench", "--report", "found"]) == BuildError.exit_code
+    assert "error: vm could not build hello, linux/arm64\n" in capsys.readouterr().err
+    assert len(json.loads((here / "found/report.json").read_text())["results"]) == 2
+
+
+def test_what_ends_a_suite_does_not_cost_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    have_found(monkeypatch, make_result("one"), then=MachineError("QEMU did not start"))
+    assert run(["bench", "--report", "found", "--json", "data.json"]) == MachineError.exit_code
+    out = capsys.readouterr()
+    assert "one, linux/arm64" in out.out
+    assert "The report is found/index.html." in out.err
+    for file in ("found/report.json", "data.json"):
+        assert [each["name"] for each in json.loads((here / file).read_text())["results"]] == ["one"]
 
 
 def test_a_suite_is_read_from_a_folder(asked: list[Any], here: Path) -> None:

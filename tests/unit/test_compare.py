@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from tests.unit.listener import Listener
 from vmbuild import compare
 from vmbuild.bench import sampler
-from vmbuild.bench.phases import Kind, Phase
-from vmbuild.bench.result import Report
-from vmbuild.bench.runner import Measured
+from vmbuild.bench.phases import Kind, Line, Phase
+from vmbuild.bench.result import Failure, Report
+from vmbuild.bench.runner import Command, Measured, RunFailedError
 from vmbuild.bench.sampler import Taken
 from vmbuild.bench.workload import Workload
-from vmbuild.errors import BuildError
+from vmbuild.errors import MachineError
 from vmbuild.model import GIB, Home, MachineRequest
-from vmbuild.report import SilentReporter
+from vmbuild.report import Reporter, SilentReporter
 from vmbuild.sides import Asked, Side
 
 PHASE = Phase("run 1.01", Kind.RUN, "RUN true", 1.0)
@@ -61,10 +63,11 @@ def work(tmp_path: Path) -> Workload:
     return Workload("it", tmp_path, tmp_path / "Dockerfile", runs=2)
 
 
-def go(work: Workload, home: Path, *, cpus: int = 1) -> Report:
+def go(work: Workload, home: Path, *, cpus: int = 1, report: Reporter | None = None) -> Report:
     request = MachineRequest("bench", cpus, 2048, GIB, "debian-13-arm64")
     asked = Asked((work,), ("vm", "user"), "auto", "disk", "vmbuild bench", quiet_s=3)
-    return compare.compare(request, asked, Home(home, home), SilentReporter())
+    *_, last = compare.compare(request, asked, Home(home, home), report or SilentReporter())
+    return last
 
 
 @pytest.fixture
@@ -107,13 +110,61 @@ def test_both_sides_run_on_the_machines_number_of_cpus(work: Workload, turns: Tu
     assert os.sched_getaffinity(0) == usable
 
 
-def test_a_failed_run_ends_it_all_and_takes_the_machines_down(work: Workload, turns: Turns, tmp_path: Path) -> None:
-    def fail(output: Path) -> Measured:
-        raise BuildError("a run of the comparison failed")
+def failing(turns: Turns, index: int, *, at_turn: int) -> None:
+    """Let a side's build fail at one of its turns."""
+    run, turn = turns.sides[index].run, count(1)
 
-    object.__setattr__(turns.sides[1], "run", fail)
+    def fail(output: Path) -> Measured:
+        if next(turn) == at_turn:
+            raise RunFailedError(Command(["make"]), 2, 1.5, [Line(0.0, "make: *** all is lost")])
+        return run(output)
+
+    object.__setattr__(turns.sides[index], "run", fail)
+
+
+@pytest.mark.parametrize(
+    ("at_turn", "log", "runs"),
+    [
+        (1, ["vm"] * 3, [("vm", 1), ("vm", 2)]),
+        (3, ["vm", "user"] * 2 + ["vm"], [("vm", 1), ("user", 1), ("vm", 2)]),
+    ],
+)
+def test_a_side_that_fails_has_no_more_turns_and_the_other_goes_on(
+    work: Workload, turns: Turns, tmp_path: Path, at_turn: int, log: list[str], runs: list[tuple[str, int]]
+) -> None:
+    failing(turns, 1, at_turn=at_turn)
+    listener = Listener()
+    (result,) = go(work, tmp_path, report=listener).results
+    assert turns.log == log
+    assert [(run.side, run.number) for run in result.runs] == runs
+    assert result.failures == (Failure("user", at_turn - 1, 1.5, ("make: *** all is lost",)),)
+    assert any("the build failed after 1.5 s" in line for line in listener.heard)
+
+
+def test_where_every_side_fails_the_next_workload_has_its_turn(work: Workload, turns: Turns, tmp_path: Path) -> None:
+    failing(turns, 0, at_turn=1)
+    failing(turns, 1, at_turn=1)
+    request = MachineRequest("bench", 1, 2048, GIB, "debian-13-arm64")
+    asked = Asked((work, work), ("vm", "user"), "auto", "disk", "vmbuild bench")
+    first, second = compare.compare(request, asked, Home(tmp_path, tmp_path), SilentReporter())
+    assert [(each.side, each.run) for each in first.results[0].failures] == [
+        ("vm", "warming up"),
+        ("user", "warming up"),
+    ]
+    assert first.results[0].runs == ()
+    assert second.results[0] is first.results[0]
+    assert len(second.results[1].runs) == 4
+
+
+def test_what_cannot_be_prepared_ends_it_all_and_takes_the_machines_down(
+    work: Workload, turns: Turns, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise MachineError("QEMU did not start")
+
+    object.__setattr__(turns.sides[1], "before", fail)
     usable = os.sched_getaffinity(0)
-    with pytest.raises(BuildError):
+    with pytest.raises(MachineError):
         go(work, tmp_path)
     assert turns.closed
     assert os.sched_getaffinity(0) == usable

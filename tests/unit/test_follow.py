@@ -16,7 +16,7 @@ import pytest
 from tests.unit.building import IMAGE, METADATA, Guest
 from tests.unit.guest.fakes import Reply
 from tests.unit.listener import Listener
-from vmbuild import follow, record
+from vmbuild import follow, record, renew
 from vmbuild.deadline import Deadline
 from vmbuild.errors import (
     BuildError,
@@ -489,3 +489,12 @@ def test_a_guest_that_stands_still_with_it_cannot_be_asked_and_keeps_it(
 def test_results_are_json_that_can_be_read(attach: Attach, guest: Guest, first: BuildRecord) -> None:
     attach()
     assert json.loads((Path(first.cwd) / "out" / "meta").read_text())["containerimage.digest"] == IMAGE
+
+
+def test_its_machine_may_be_renewed_after_it(
+    attach: Attach, files: MachineFiles, first: BuildRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[BuildRecord]] = []
+    monkeypatch.setattr(renew, "start_later", lambda *_: seen.append(record.load_all(files.builds)))
+    attach()
+    assert seen == [[]]  # when it is forgotten

@@ -236,7 +236,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"host_agent"}
     | {f"guest.{name}" for name in ("agent", "channel", "context", "secrets", "session", "sync", "transfer")},
     "follow": GROUND
-    | {"deliver", "reach", "supply", "image.base", "machine.files", "machine.lifetime", "machine.serial"}
+    | {"deliver", "reach", "renew", "supply", "image.base"}
+    | {f"machine.{name}" for name in ("files", "lifetime", "serial")}
     | {f"guest.{name}" for name in ("session", "archive", "blobs", "cache", "docker", "job", "oom", "resources")},
     "build": GROUND
     | {"deliver", "start", "reach", "follow", "operate", "passing", "process", "settle", "supply"}
@@ -248,6 +249,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"start", "reach", "dockerhost"}
     | {f"machine.{name}" for name in ("files", "lifetime", "serial", "suspension", "resources")}
     | {f"guest.{name}" for name in ("ready", "resources", "terminal")},
+    "renew": GROUND
+    | {"process", "reach", "start", "guest.resources"}
+    | {f"machine.{name}" for name in ("files", "lifetime", "ports", "qmp", "resources", "serial")},
     "guard": GROUND | {"follow", "process"} | {f"machine.{name}" for name in ("files", "bundle", "lifetime")},
     "carry": GROUND
     | {"deliver", "start", "reach", "operate", "follow", "guard", "guest.keys"}
@@ -264,7 +268,9 @@ ALLOWED: dict[str, set[str]] = {
     "bench.sampler": GROUND,
     "bench.binfmt": GROUND | {"process"},
     "bench.runner": GROUND | {"process", "bench.phases", "bench.sampler"},
-    "bench.userspace": GROUND | {"process", "bench.binfmt", "bench.runner", "bench.workload"},
+    "bench.userspace": GROUND | {"process", *(f"bench.{name}" for name in ("binfmt", "phases", "runner", "workload"))},
+    "bench.engine": GROUND
+    | {"process", *(f"bench.{name}" for name in ("binfmt", "phases", "runner", "sampler", "workload"))},
     "bench.facts": GROUND,
     "bench.result": {"bench.phases", "bench.sampler", "bench.statistics"},
     "bench.style": set(),
@@ -274,8 +280,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"build", "operate", "process", "reach", "settle", "start", "image.base", "image.catalog"}
     | {f"machine.{name}" for name in ("files", "lifetime", "probe")}
     | {"guest.archive", "guest.bases", "guest.oci"}
-    | {f"bench.{name}" for name in ("binfmt", "facts", "phases", "runner", "userspace", "workload")},
-    "compare": GROUND | {"sides"} | {f"bench.{name}" for name in ("facts", "result", "sampler", "workload")},
+    | {f"bench.{name}" for name in ("binfmt", "engine", "facts", "phases", "runner", "userspace", "workload")},
+    "compare": GROUND | {"sides"} | {f"bench.{name}" for name in ("facts", "result", "runner", "sampler", "workload")},
     "networks": GROUND,
     "settings": GROUND | {"networks"},
     "ui": GROUND,
@@ -291,7 +297,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.build": {"errors", "model", "outputs", "settings", "ui", "cli.completion", "cli.options", "cli.ways_in"}
     | {"cli.ways_out"}
     | {"build", "follow", "guard", "carry", "passing"},
-    "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry"},
+    "cli.machine": {"errors", "model", "ui", "cli.options", "operate", "carry", "renew"},
     "cli.top": {"errors", "model", "ui", "cli.completion", "cli.options", "watch"},
     "cli.cache": {"errors", "model", "ui", "cli.options", "start", "stock", "machine.snapshot"},
     "cli.host": {"errors", "settings", "ui", "cli.completion", "cli.options", "doctor"},
@@ -320,7 +326,7 @@ DOORS = {
         "cli.program",
         *(f"cli.{name}" for name in COMMANDS),
     },
-    "cryptography": {"authorities", "guest.keys"},
+    "cryptography": {"authorities", "guest.keys", "machine.snapshot"},
     "pexpect": {"machine.login"},
     "pycdlib": {"guest.firstboot"},
 }

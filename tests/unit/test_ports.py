@@ -72,8 +72,14 @@ def qemu(monkeypatch: pytest.MonkeyPatch) -> Monitor:
     return monitor
 
 
-def test_only_what_is_forwarded_is_listed() -> None:
-    assert machine_ports.parse_forwards(USERNET) == [Forward(8080, 80)]
+def test_what_is_forwarded_is_no_connection() -> None:
+    assert machine_ports.parse_forwards(USERNET) == [Forward(8080, 80), Forward(40222, 22)]
+    assert machine_ports.count_connections(USERNET) == 1
+
+
+def test_the_port_that_vmbuild_needs_is_not_listed(qemu: Monitor) -> None:
+    qemu.forwards = {40222: 22, 8080: 80}
+    assert ports.list_forwards("box", HOME) == [Forward(8080, 80)]
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("80", Forward(80, 80)), ("8080:80", Forward(8080, 80))])

@@ -236,3 +236,16 @@ def test_a_program_that_is_left_ends_with_all_that_it_started(monkeypatch: pytes
         assert next(talk.lines()) == "up"
         child = int(subprocess.run(["pgrep", "-P", str(talk.pid)], capture_output=True, check=True).stdout)
     assert process.wait_gone(child, Deadline.after(5))
+
+
+def test_the_most_memory_that_a_process_has_had() -> None:
+    script = "x = bytearray(b'x') * (64 << 20); del x; print(end='.', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as held:
+        assert held.stdout is not None
+        assert held.stdout.read(1) == b"."
+        now, most = process.rss_bytes(held.pid), process.peak_rss_bytes(held.pid)
+        held.kill()
+    assert now is not None
+    assert most is not None
+    assert most > 64 << 20 > now
+    assert process.peak_rss_bytes(held.pid) is None

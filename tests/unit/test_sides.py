@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from vmbuild import build, operate, sides
-from vmbuild.bench import binfmt, userspace
+from vmbuild import build, operate, process, sides
+from vmbuild.bench import binfmt, engine, userspace
+from vmbuild.bench.engine import Engine
 from vmbuild.bench.userspace import Runner, Userspace
 from vmbuild.bench.workload import Workload
 from vmbuild.errors import HostError, UsageError
@@ -49,14 +51,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         log.append(("open", platform, runner))
         return Userspace(folder, platform, Runner.HOST, binfmt.EMULATORS[platform])
 
+    def open_engine(platform: str) -> Engine:
+        log.append(("open docker", platform))
+        return Engine(platform, binfmt.EMULATORS[platform], "default")
+
     monkeypatch.setattr(build, "base", base)
     monkeypatch.setattr(sides, "_export_base", export)
     monkeypatch.setattr(userspace, "open_userspace", open_userspace)
-    monkeypatch.setattr(
-        userspace, "import_base", lambda _, name, path: log.append(("import", name, path and path.name))
-    )
+    for kind in (Userspace, Engine):
+        monkeypatch.setattr(kind, "import_base", lambda _, *given: log.append(("import", given[0], name_of(given[1]))))
+        monkeypatch.setattr(kind, "close", lambda _: log.append(("close",)))
+    monkeypatch.setattr(engine, "open_engine", open_engine)
     monkeypatch.setattr(sides, "_warn_of_versions", lambda *_: None)
     return log
+
+
+def name_of(path: Path | None) -> str | None:
+    return path.name if path else None
 
 
 def work(folder: Path, *bases: str) -> Workload:
@@ -82,7 +93,36 @@ def test_both_sides_get_the_machines_base_image(tmp_path: Path, calls: list[tupl
         ("import", "docker.io/library/alpine:3.22", None),
     ]
     stack.close()
-    assert calls[-1] == ("down", "bench-vm")
+    assert calls[-2:] == [("down", "bench-vm"), ("close",)]
+
+
+@pytest.mark.parametrize(
+    ("runner", "programs", "opened_by"),
+    [
+        ("docker", ("buildah", "docker"), "open docker"),
+        ("auto", ("docker",), "open docker"),
+        ("auto", ("buildah", "docker"), "open"),
+        ("auto", (), "open"),
+        ("host", ("docker",), "open"),
+    ],
+)
+def test_docker_is_the_other_side_where_it_is_asked_for_or_all_there_is(
+    tmp_path: Path,
+    calls: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    runner: str,
+    programs: tuple[str, ...],
+    opened_by: str,
+) -> None:
+    monkeypatch.setattr(process, "has_program", lambda name: name in programs)
+    asked, report = Asked((), ("vm", "user"), runner, "a-disk", ""), Listener()
+    request, home = replace(REQUEST, cpus=1), Home(tmp_path, tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    sides.open_sides(request, asked, work(tmp_path), home, report, tmp_path, ExitStack())
+    assert calls[0][0] == opened_by
+    assert report.warnings == (
+        ["Docker's engine builds on all 4 CPUs of this host, the machine on 1"] if opened_by == "open docker" else []
+    )
 
 
 def test_a_machine_that_never_was_is_not_stopped(tmp_path: Path, calls: list[tuple[Any, ...]]) -> None:
@@ -135,6 +175,7 @@ def test_its_settings_are_passed_on(tmp_path: Path) -> None:
     assert env["VMBUILD_MEMORY"] == "2048M"
     assert env["VMBUILD_ARCH"] == "arm"
     assert env["VMBUILD_SNAPSHOTS"] == "off"
+    assert env["CI"]  # an idle machine is not renewed while the other side builds
     assert (env["VMBUILD_CACHE_DIR"], env["VMBUILD_STATE_DIR"]) == (str(tmp_path / "c"), str(tmp_path / "s"))
 
 

@@ -32,18 +32,6 @@ REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64")
 
 
 @pytest.fixture
-def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """A home with the fake QEMU, a guest image, and a guest that is ready at once; its machine is gone at the end."""
-    monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
-    monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
-    home = Home(tmp_path / "cache", tmp_path / "state")
-    home.cache.mkdir()
-    yield home
-    operate.destroy("box", home, SilentReporter())
-
-
-@pytest.fixture
 def makers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What was started in the background, environment and all, none of it in truth."""
     started: list[dict[str, Any]] = []

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
-from vmbuild import operate, stock
+from vmbuild import operate, process, stock
 from vmbuild.deadline import Deadline
-from vmbuild.machine import lifetime, snapshot
+from vmbuild.machine import control, lifetime, snapshot
 from vmbuild.machine.files import MachineFiles
-from vmbuild.model import Home
+from vmbuild.model import Home, MachineRequest
 from vmbuild.report import SilentReporter
+from vmbuild.start import Shape
 
 
 @pytest.fixture
@@ -82,3 +84,27 @@ def test_a_machine_whose_facts_are_lost_keeps_nothing(home: Home, machine: Machi
     machine.suspension.touch()
     machine.facts.unlink()
     assert prune(home, everything=True) == ({"sha256:1234", "sha256:other"}, [])
+
+
+@pytest.mark.parametrize(("in_background", "times"), [(False, 1), (True, stock.PATIENCE)])
+def test_what_has_the_cpus_last_has_longer_for_each_part(
+    home: Home, programs: Path, monkeypatch: pytest.MonkeyPatch, in_background: bool, times: int
+) -> None:
+    limits: dict[str, float] = {}
+    ready = Mock(side_effect=lambda _files, limit, _report: limits.update(boot=limit.remaining_s()) or Mock())
+    parked = Mock(side_effect=lambda _files, word, limit: limits.update({word: limit.remaining_s()}))
+
+    def save(_files: MachineFiles, ram: Path, limit: Deadline) -> None:
+        limits["save"] = limit.remaining_s()
+        ram.write_text("the state")
+
+    monkeypatch.setattr(process, "give_way", Mock())
+    monkeypatch.setattr(stock, "shape_of", lambda *_: Shape(make_spec(home.state), make_qemu(), "key"))
+    monkeypatch.setattr(stock, "wait_ready", ready)
+    monkeypatch.setattr(control, "send", Mock())
+    monkeypatch.setattr(control, "wait_for", parked)
+    monkeypatch.setattr(lifetime, "save", save)
+    request = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64", timeout_s=200)
+    stock.make_snapshot(request, home, SilentReporter(), in_background=in_background)
+    expected = {"boot": 200, "parked": stock.PARK_S, "save": stock.SAVE_S}
+    assert limits == pytest.approx({part: times * limit_s for part, limit_s in expected.items()}, abs=10)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from tests.unit.machine.conftest import make_qemu, make_spec
 from vmbuild import build, operate, process, start
@@ -20,7 +18,6 @@ from vmbuild.deadline import Deadline
 from vmbuild.errors import GuestError, MachineError, SuspendedError, UsageError
 from vmbuild.guest import ready
 from vmbuild.guest.bases import Tagged
-from vmbuild.image import store
 from vmbuild.machine import lifetime, migration, snapshot, suspension
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.suspension import Suspension
@@ -28,20 +25,6 @@ from vmbuild.model import BaseResult, Home, MachineRequest
 from vmbuild.report import SilentReporter
 
 REQUEST = MachineRequest("box", 2, 2048, 1 << 30, "debian-13-arm64", timeout_s=20.0)
-
-
-@pytest.fixture
-def home(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """A home with the fake QEMU, a guest image, and a guest that is ready at once; its machine is gone at the end."""
-    monkeypatch.setenv("CI", "true")  # no snapshot is made in the background
-    monkeypatch.setattr(start, "fetch_image", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(store, "find_digest", lambda *_: make_spec(tmp_path).image)
-    monkeypatch.setattr(start, "probe_for", lambda *_: make_qemu())
-    monkeypatch.setattr(ready, "wait_ready", lambda *_: FakeSession((("sh",), Reply())))
-    home = Home(tmp_path / "cache", tmp_path / "state")
-    home.cache.mkdir()
-    yield home
-    operate.destroy("box", home, SilentReporter())
 
 
 @pytest.fixture

@@ -88,6 +88,18 @@ def why_not_registered(emulator: Emulator, table: Path = TABLE) -> str:
     return f"the handler {emulator.name} is switched off, or has no flag F, which a container needs"
 
 
+def check_registered(platform_name: str, resolution: str) -> Emulator:
+    """Return the emulator that the host's kernel runs for a platform. Raises HostError, with the reason, for none."""
+    emulator = EMULATORS[platform_name]
+    if find_registered(emulator) is None:
+        raise HostError(
+            f"this host runs no programs for {platform_name} through {emulator.name}",
+            details=f"The reason: {why_not_registered(emulator)}.",
+            resolution=resolution,
+        )
+    return emulator
+
+
 def check_namespaces(release: str | None = None) -> None:
     """See that a user namespace can have a binfmt_misc of its own. Raises HostError."""
     release = release or platform.release()

@@ -116,9 +116,10 @@ def _forest_row(row: Row, side: str, index: int, ratio: Ratio, place: Callable[[
 def timeline(result: Result) -> str:
     """Return CPU and memory over time, of the run of each side that took the middle time."""
     chosen = [_middle(result.of(side)) for side in result.sides]
-    end = max((run.seconds for run in chosen), default=1.0)
-    cpu = [[(each.at_s, each.cpu_percent / 100) for each in smooth(run.samples)] for run in chosen]
-    memory = [[(each.at_s, each.memory_bytes / MIB) for each in run.samples] for run in chosen]
+    end = max((run.seconds for run in chosen if run), default=1.0)
+    samples = [run.samples if run else () for run in chosen]
+    cpu = [[(each.at_s, each.cpu_percent / 100) for each in smooth(line)] for line in samples]
+    memory = [[(each.at_s, each.memory_bytes / MIB) for each in line] for line in samples]
     return (
         "<h3>CPUs in use</h3>"
         + _chart(cpu, end, lambda value: f"{value:g}")
@@ -137,8 +138,8 @@ def smooth(samples: Sequence[Sample], width: int = 2) -> list[Sample]:
     return found
 
 
-def _middle(runs: Sequence[Run]) -> Run:
-    return sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2]
+def _middle(runs: Sequence[Run]) -> Run | None:
+    return sorted(runs, key=lambda run: run.seconds)[(len(runs) - 1) // 2] if runs else None
 
 
 def _chart(lines: Sequence[Sequence[tuple[float, float]]], end: float, label: Callable[[float], str]) -> str:

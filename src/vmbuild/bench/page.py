@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from vmbuild.bench import charts
-from vmbuild.bench.result import Report, Result, Row, phase_rows, summary_rows
+from vmbuild.bench.result import Failure, Report, Result, Row, phase_rows, summary_rows
 from vmbuild.bench.style import CSS
 
 HEAD = """<!doctype html>
@@ -41,8 +41,12 @@ def _overview(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         total = summary_rows(result)[0]
-        rows.append(Row(total.key, total.kind, f"{result.name}, {result.platform}", "s", total.summaries, total.ratios))
-    chart = charts.forest(rows, results[0])
+        rows.append(Row(total.key, total.kind, result.title, "s", total.summaries, total.ratios))
+    chart = charts.forest(rows, results[0]) + "".join(
+        f"<p class=small>{escape(result.title)}: {escape(failure.side)} could not build it.</p>"
+        for result in results
+        for failure in result.failures
+    )
     heading = f"<h3>Time: {escape(sides[0])} / other, below 1 it took less</h3>"
     return f"<h2>All workloads</h2><div class=card>{heading}{chart}</div>"
 
@@ -55,6 +59,7 @@ def _result(result: Result) -> str:
         [
             f"<h2>{escape(result.name)} for {escape(result.platform)}</h2>{described}",
             f"<p class=verdict>{_verdict(total, result)}</p>",
+            *(_failure(each) for each in result.failures),
             charts.legend(result),
             f"<div class=tiles>{''.join(_tile(row, result) for row in (total, cpu, memory))}</div>",
             f"<div class=card><h3>Time of each phase</h3>{charts.bars(phases, result)}</div>",
@@ -72,7 +77,7 @@ def _result(result: Result) -> str:
 def _verdict(total: Row, result: Result) -> str:
     """Return what the comparison says, in one sentence for each side."""
     first = escape(result.sides[0])
-    sentences = []
+    sentences = [f"{escape(failure.side)} could not build it" for failure in result.failures]
     for side in result.sides[1:]:
         ratio = total.ratios.get(side)
         if ratio is None:
@@ -85,6 +90,13 @@ def _verdict(total: Row, result: Result) -> str:
         sentences.append(f"{what} (ratio {ratio.value:.2f}, 95 % interval {ratio.low:.2f} to {ratio.high:.2f})")
     text = "; ".join(sentences)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _failure(failure: Failure) -> str:
+    return (
+        f"<details class=card open><summary>{escape(failure.side)}, {failure.run}: the build failed after "
+        f"{charts.amount(failure.seconds, 's')}</summary><pre>{escape(chr(10).join(failure.words))}</pre></details>"
+    )
 
 
 def _tile(row: Row, result: Result) -> str:

@@ -32,6 +32,27 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A side's build that failed, after so many seconds; the side had no turn after it. Run 0 was to warm up."""
+
+    side: str
+    number: int
+    seconds: float
+    words: tuple[str, ...]
+    """The last lines of the build."""
+
+    @property
+    def run(self) -> str:
+        """The run, in words."""
+        return run_name(self.number)
+
+
+def run_name(number: int) -> str:
+    """Return what a run is called."""
+    return f"run {number}" if number else "warming up"
+
+
+@dataclass(frozen=True)
 class Result:
     """A workload's runs, in the order in which they were made. The first of `sides` is what others are compared to."""
 
@@ -45,6 +66,12 @@ class Result:
     sides: tuple[str, ...]
     side_facts: Mapping[str, Mapping[str, str]]
     runs: tuple[Run, ...]
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What was built, for what."""
+        return f"{self.name}, {self.platform}"
 
     def of(self, side: str) -> list[Run]:
         """Return a side's runs."""

@@ -38,8 +38,20 @@ class Command:
     on_ready: Callable[[int], None] = lambda _: None
 
 
+class RunFailedError(BuildError):
+    """A program that was measured failed, after so many seconds and with these last lines."""
+
+    def __init__(self, command: Command, code: int, seconds: float, lines: Sequence[Line]) -> None:
+        self.seconds = seconds
+        self.words = tuple(line[:400] for line in list(read_words(lines))[-TAIL_LINES:])
+        super().__init__(
+            f"a run of the comparison failed with exit code {code}",
+            details="\n".join([f"$ {command.argv[0]} ...", *self.words]),
+        )
+
+
 def measure(command: Command) -> Measured:
-    """Run a program and measure it. Raises BuildError, with its last lines, when it fails."""
+    """Run a program and measure it. Raises RunFailedError when it fails."""
     sampler = Sampler(command.apart)
     begun = time.time()
     lines: list[Line] = []
@@ -55,10 +67,5 @@ def measure(command: Command) -> Measured:
         ended = time.time()
         taken = sampler.stop()
     if code != 0:
-        raise _failure(command.argv, code, lines)
+        raise RunFailedError(command, code, ended - begun, lines)
     return Measured(begun, ended, tuple(lines), taken)
-
-
-def _failure(argv: Sequence[str], code: int, lines: Sequence[Line]) -> BuildError:
-    told = "\n".join(line[:400] for line in list(read_words(lines))[-TAIL_LINES:])
-    return BuildError(f"a run of the comparison failed with exit code {code}", details=f"$ {argv[0]} ...\n{told}")

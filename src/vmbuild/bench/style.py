@@ -17,6 +17,7 @@ h3{font-size:.95rem;margin:0 0 .75rem;font-weight:600}
 p{margin:.25rem 0 1rem;color:var(--ink2);max-width:42rem}
 p.verdict{font-size:1.1rem;color:var(--ink)}
 code{font:.875em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+pre{font:.8rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0;overflow-x:auto}
 .card{background:var(--card);border:1px solid var(--ring);border-radius:10px;padding:1.1rem 1.2rem;margin:0 0 1rem}
 .tiles{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:1rem}
 .tile .big{font-size:2rem;font-weight:600;line-height:1.1;letter-spacing:-.02em}

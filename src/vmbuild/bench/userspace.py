@@ -12,11 +12,11 @@ from pathlib import Path
 from vmbuild import process
 from vmbuild.bench import binfmt
 from vmbuild.bench.binfmt import Emulator
+from vmbuild.bench.phases import Phase, read_buildah
 from vmbuild.bench.runner import Command, Measured, measure
-from vmbuild.bench.workload import Workload
+from vmbuild.bench.workload import IMAGE, Workload
 from vmbuild.errors import HostError
 
-IMAGE = "localhost/vmbuild-bench:latest"
 READY = "vmbuild: the namespace is there"
 IDS = 65536
 """As many users and groups as a container image may have files of."""
@@ -86,6 +86,65 @@ class Userspace:
         """Run a buildah command and return its output. Raises BuildError."""
         return "\n".join(line.text for line in measure(self.command(self.buildah(*args))).lines)
 
+    def take_archive(self, reference: str, archive: Path) -> None:
+        """Take a docker archive in by a full name: buildah reads a short one as `localhost`'s."""
+        image = self.run("pull", "--quiet", f"docker-archive:{archive}").split()[-1]
+        self.run("tag", image, reference)
+
+    def import_base(self, reference: str, archive: Path | None) -> None:
+        """Give this side a base image by its full name: the very one that the machine has, else the registry's.
+
+        The emulator is told its CPU by a variable, and only an image's own variables reach the steps of a build:
+        buildah's --env is for the image that comes of it (buildah 1.28).
+        """
+        if archive is not None:
+            self.take_archive(reference, archive)
+        pull = "--pull" if archive is None else "--pull-never"
+        container = self.run("from", pull, "--platform", self.platform, reference).split()[-1]
+        for name, value in self._emulator_env().items():
+            self.run("config", "--env", f"{name}={value}", container)
+        self.run("commit", "--quiet", "--rm", container, reference)
+        self.run("rm", "--all")  # an earlier run's, which was interrupted: it would keep its image
+        self.run("rmi", "--prune")
+
+    def build_script(self, work: Workload, output: Path) -> str:
+        """Return the shell script that builds a workload and writes its archive."""
+        options = ["--isolation", "chroot", "--platform", self.platform, "--no-cache", "--layers=false", "--tag", IMAGE]
+        options += ["--pull-never", *work.options()]
+        build = self.buildah("bud", *options, "--file", str(work.dockerfile.absolute()), str(work.context.absolute()))
+        push = self.buildah("push", "--quiet", IMAGE, f"docker-archive:{output}")
+        return f"set -e\n{shlex.join(build)}\n{shlex.join(push)}\n"
+
+    def run_build(self, work: Workload, output: Path) -> Measured:
+        """Build a workload. Raises RunFailedError."""
+        output.unlink(missing_ok=True)  # buildah does not write into an archive that is there
+        measured = measure(self.command(["sh", "-c", self.build_script(work, output)]))
+        self.run("rmi", "--force", IMAGE)
+        return measured
+
+    def read(self, _: Workload, measured: Measured) -> tuple[Phase, ...]:
+        """Return the phases of a build that was measured."""
+        return read_buildah(measured.lines, measured.begun, measured.ended)
+
+    def qemu_version(self) -> str:
+        """Return the emulator's version; nothing where there is none."""
+        return binfmt.version_of(self.program) if self.emulator else ""
+
+    def describe(self) -> dict[str, str]:
+        """Return what there is to know of this side in a report."""
+        facts = {"runner": str(self.runner), "builder": process.run(["buildah", "--version"]).decode().strip()}
+        if self.emulator is not None:
+            facts["qemu"] = self.qemu_version()
+            facts["cpu"] = self.emulator.cpu_model
+            facts["emulator"] = self.program
+        return facts
+
+    def _emulator_env(self) -> Mapping[str, str]:
+        return {"QEMU_CPU": self.emulator.cpu_model} if self.emulator else {}
+
+    def close(self) -> None:
+        """Leave the base images: they are in a storage of our own."""
+
 
 def open_userspace(platform: str, runner: str, folder: Path) -> Userspace:
     """Return the side without a machine for a platform. `runner` is `auto`, `host`, `chroot` or `native`.
@@ -101,11 +160,9 @@ def open_userspace(platform: str, runner: str, folder: Path) -> Userspace:
     if runner == "auto":
         runner = Runner.HOST if binfmt.find_registered(emulator) else Runner.CHROOT
     chosen = Runner(runner)
-    if chosen is Runner.HOST and not binfmt.find_registered(emulator):
-        raise HostError(
-            f"this host runs no programs for {platform} through {emulator.name}",
-            details=f"The reason: {binfmt.why_not_registered(emulator)}.",
-            resolution="Use --user-runner chroot, which needs nothing of the host's kernel but namespaces (Linux 6.7).",
+    if chosen is Runner.HOST:
+        binfmt.check_registered(
+            platform, "Use --user-runner chroot, which needs nothing of the host's kernel but namespaces (Linux 6.7)."
         )
     found = Userspace(folder, platform, chosen, emulator)
     process.find_program(emulator.program)
@@ -114,62 +171,6 @@ def open_userspace(platform: str, runner: str, folder: Path) -> Userspace:
         for name in ("unshare",) if os.geteuid() == 0 else ("unshare", "newuidmap"):
             process.find_program(name)
     return found
-
-
-def take_archive(side: Userspace, reference: str, archive: Path) -> None:
-    """Take a docker archive in by a full name: buildah reads a short one as `localhost`'s."""
-    image = side.run("pull", "--quiet", f"docker-archive:{archive}").split()[-1]
-    side.run("tag", image, reference)
-
-
-def import_base(side: Userspace, reference: str, archive: Path | None) -> None:
-    """Give this side a base image by its full name: the very one that the machine has, else the registry's.
-
-    The emulator is told its CPU by a variable, and only an image's own variables reach the steps of a build: buildah's
-    --env is for the image that comes of it (buildah 1.28).
-    """
-    if archive is not None:
-        take_archive(side, reference, archive)
-    pull = "--pull" if archive is None else "--pull-never"
-    container = side.run("from", pull, "--platform", side.platform, reference).split()[-1]
-    for name, value in _emulator_env(side).items():
-        side.run("config", "--env", f"{name}={value}", container)
-    side.run("commit", "--quiet", "--rm", container, reference)
-    side.run("rmi", "--prune")
-
-
-def build_script(side: Userspace, work: Workload, output: Path) -> str:
-    """Return the shell script that builds a workload and writes its archive."""
-    options = ["--isolation", "chroot", "--platform", side.platform, "--no-cache", "--layers=false", "--tag", IMAGE]
-    options.append("--pull-never")
-    for name, value in work.build_args.items():
-        options += ["--build-arg", f"{name}={value}"]
-    options += ["--target", work.target] if work.target else []
-    build = side.buildah("bud", *options, "--file", str(work.dockerfile.absolute()), str(work.context.absolute()))
-    push = side.buildah("push", "--quiet", IMAGE, f"docker-archive:{output}")
-    return f"set -e\n{shlex.join(build)}\n{shlex.join(push)}\n"
-
-
-def run_build(side: Userspace, work: Workload, output: Path) -> Measured:
-    """Build a workload on this side. Raises BuildError."""
-    output.unlink(missing_ok=True)  # buildah does not write into an archive that is there
-    measured = measure(side.command(["sh", "-c", build_script(side, work, output)]))
-    side.run("rmi", "--force", IMAGE)
-    return measured
-
-
-def describe(side: Userspace) -> dict[str, str]:
-    """Return what there is to know of this side in a report."""
-    facts = {"runner": str(side.runner), "builder": process.run(["buildah", "--version"]).decode().strip()}
-    if side.emulator is not None:
-        facts["qemu"] = binfmt.version_of(side.program)
-        facts["cpu"] = side.emulator.cpu_model
-        facts["emulator"] = side.program
-    return facts
-
-
-def _emulator_env(side: Userspace) -> Mapping[str, str]:
-    return {"QEMU_CPU": side.emulator.cpu_model} if side.emulator else {}
 
 
 def _unshare() -> list[str]:

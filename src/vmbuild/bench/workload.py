@@ -17,6 +17,9 @@ DEFAULT_RUNS = 3
 DEFAULT_PLATFORM = "linux/arm64"
 MOST_RUNS = 100
 
+IMAGE = "localhost/vmbuild-bench:latest"
+"""What a container image is called where it is built to be measured."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -32,6 +35,11 @@ class Workload:
     target: str | None = None
     bases: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
+
+    def options(self) -> list[str]:
+        """Return its build arguments and target as docker, buildah and vmbuild all take them."""
+        options = [word for key, value in self.build_args.items() for word in ("--build-arg", f"{key}={value}")]
+        return [*options, "--target", self.target] if self.target else options
 
 
 @dataclass(frozen=True)

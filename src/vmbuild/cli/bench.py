@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmbuild.cli.options import read_settings, start_options
-from vmbuild.errors import UsageError
+from vmbuild.errors import BuildError, UsageError
 from vmbuild.model import format_size, parse_platforms
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ NAME = "bench"
 """What the comparison's machines are called, with their side behind it; the user's own machine is left alone."""
 
 PAGE, DATA = "index.html", "report.json"
+
+SHOWN_LINES = 5
+"""So much is shown of a build that failed; the report has more."""
 
 
 @click.command("bench")
@@ -57,10 +60,11 @@ PAGE, DATA = "index.html", "report.json"
 )
 @click.option(
     "--user-runner",
-    type=click.Choice(["auto", "host", "chroot"]),
+    type=click.Choice(["auto", "host", "chroot", "docker"]),
     default="auto",
     show_default=True,
-    help="host: the emulator that the host's kernel knows; chroot: one in a user namespace of its own.",
+    help="host: buildah with the emulator that the host's kernel knows; chroot: with one in a user namespace of its "
+    "own; docker: buildx on this host's Docker.",
 )
 @click.option(
     "--disk-image",
@@ -78,6 +82,7 @@ def bench_command(context: str, suite: bool, folder: Path | None, data_file: str
     """Compare builds in the machine with the same under user-mode emulation, in turns, phase by phase."""
     from vmbuild import compare, ui
     from vmbuild.bench import workload
+    from vmbuild.bench.result import to_json
     from vmbuild.sides import Asked
 
     choice = _choice(flags)
@@ -91,11 +96,19 @@ def bench_command(context: str, suite: bool, folder: Path | None, data_file: str
         request = replace(request, name=NAME)
     _check_places(folder, data_file)
     asked = Asked(works, sides, runner, disk_image, shlex.join(["vmbuild", *sys.argv[1:]]), quiet_s)
-    report = compare.compare(request, asked, found.home(), ui.TerminalReporter())
-    _write(report, folder, data_file)
-    if data_file != "-":
-        for result in report.results:
-            _show(result)
+    report = None
+    try:
+        for report in compare.compare(request, asked, found.home(), ui.TerminalReporter()):
+            _write(report, folder, data_file)  # after each workload: what the next one meets must not cost it
+            if data_file != "-":
+                _show(report.results[-1])
+    finally:
+        if report is not None and folder is not None:
+            ui.say(f"The report is {folder / PAGE}.")
+    assert report is not None  # noqa: S101 - there is a workload
+    if data_file == "-":
+        ui.print_json(to_json(report))
+    _check_built(report)
 
 
 def _choice(flags: dict[str, Any]) -> Choice:
@@ -149,22 +162,17 @@ def _check_places(folder: Path | None, data_file: str | None) -> None:
 def _write(report: Report, folder: Path | None, data_file: str | None) -> None:
     import json
 
-    from vmbuild import ui
     from vmbuild.bench import page
     from vmbuild.bench.result import to_json
     from vmbuild.whole import write_whole, writing_in
 
-    data = to_json(report)
-    if data_file == "-":
-        ui.print_json(data)
-    text = json.dumps(data, indent=1).encode() + b"\n"
+    text = json.dumps(to_json(report), indent=1).encode() + b"\n"
     places = [Path(data_file)] if data_file and data_file != "-" else []
     if folder is not None:
         with writing_in(folder):
             folder.mkdir(exist_ok=True)
         places.append(folder / DATA)
         write_whole(folder / PAGE, page.render(report).encode())
-        ui.say(f"The report is {folder / PAGE}.")
     for path in places:
         write_whole(path, text)
 
@@ -174,11 +182,26 @@ def _show(result: Result) -> None:
     from vmbuild.bench.result import phase_rows, summary_rows
 
     first, *others = result.sides
-    columns = [f"{result.name}, {result.platform}", *result.sides, *(f"{first} / {side}" for side in others)]
+    columns = [result.title, *result.sides, *(f"{first} / {side}" for side in others)]
     ui.print_table(columns, [_cells(row, result) for row in (*summary_rows(result), *phase_rows(result))])
     for run in result.runs:
         if run.disturbed:
             ui.say(f"  {run.side}, run {run.number}: other load on this host took {run.other_cpu_s:.0f} s of CPU time")
+    for failure in result.failures:
+        ui.say(f"  {failure.side}, {failure.run}: the build failed after {failure.seconds:.0f} s")
+        for line in failure.words[-SHOWN_LINES:]:
+            ui.say(f"    {line}")
+
+
+def _check_built(report: Report) -> None:
+    """Raise BuildError when the first side could not build everything; that another cannot is what one may look for."""
+    failed = [(result, each) for result in report.results for each in result.failures if each.side == result.sides[0]]
+    if failed:
+        raise BuildError(
+            f"{failed[0][1].side} could not build {'; '.join(result.title for result, _ in failed)}",
+            details="\n".join(failed[0][1].words),
+            resolution="What else was measured stands above, and in the report.",
+        )
 
 
 def _cells(row: Row, result: Result) -> tuple[object, ...]:

@@ -88,17 +88,30 @@ def resize(positional: str | None, cpus: int | None, memory: str | None, disk: s
 @click.command()
 @name_argument
 @name_option
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Give memory back instead: what the guest keeps of files, and QEMU of the guest. Nobody may be connected.",
+)
+@click.option("--when-idle", is_flag=True, hidden=True)
 @as_json
-def trim(positional: str | None, as_json: bool, **flags: Any) -> None:
+def trim(positional: str | None, memory: bool, when_idle: bool, as_json: bool, **flags: Any) -> None:
     """Give the host back what the machine's disk does not use any more; done after each build anyway."""
-    from vmbuild import operate, ui
+    from vmbuild import operate, renew, ui
 
     found = read_settings(flags, positional)
-    freed = operate.trim(found["name"], found.home())
-    if as_json:
-        ui.print_json(Freed("disk", found["name"], freed))
+    if when_idle:
+        renew.renew_when_idle(found["name"], found.home())
         return
-    ui.say(f"The disk of the machine {found['name']} takes {format_size(freed)} less.")
+    if memory:
+        freed = renew.trim_memory(found["name"], found.home(), ui.TerminalReporter())
+    else:
+        freed = Freed("disk", found["name"], operate.trim(found["name"], found.home()))
+    if as_json:
+        ui.print_json(freed)
+        return
+    what = "The memory" if memory else "The disk"
+    ui.say(f"{what} of the machine {found['name']} takes {format_size(freed.size_bytes)} less.")
 
 
 @click.command("list")

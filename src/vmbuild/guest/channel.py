@@ -104,18 +104,16 @@ class Channel:
     lock: Path
 
 
-def send_tar(
-    channel: Channel, session: Session, folder: str, write_tar: Feed, option: str, report: Reporter
-) -> int | None:
-    """Unpack a tar stream in a folder of the guest, with an option for tar; return its bytes.
+def send_in(channel: Channel, feed: Feed, take: Callable[[Sealed], bool], report: Reporter) -> int | None:
+    """Pass a feed through the inbox to what takes it there, `unpack` or `take_file`; return its bytes.
 
     None when this way is closed: another build uses it, the machine has no such drives, or the host no room.
-    Raises UnpackError when the guest cannot unpack it.
+    Raises UnpackError when the guest cannot take it.
     """
     with borrow_inbox(channel) as inbox:
-        if inbox is None or (sealed := fill(inbox, write_tar, report)) is None:
+        if inbox is None or (sealed := fill(inbox, feed, report)) is None:
             return None
-        return sealed.size if unpack(session, sealed, folder, option, report) else None
+        return sealed.size if take(sealed) else None
 
 
 def fill(inbox: Inbox, feed: Feed, report: Reporter) -> Sealed | None:

@@ -91,6 +91,12 @@ def trim(session: Session) -> None:
     capture(session, ["sh", "-c", "sync; fstrim /disk"], deadline=Deadline.after(ANSWER_S * 10))
 
 
+def drop_cache(session: Session) -> None:
+    """Have the guest forget what it keeps of files, which then goes back to the host. Raises GuestError."""
+    script = "sync; echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory"
+    capture(session, ["sh", "-c", script], deadline=Deadline.after(ANSWER_S * 10))
+
+
 def give_back_later(session: Session) -> None:
     """Give back disk and memory when the guest has nothing better to do, without waiting. Raises GuestError."""
     script = 'setsid sh -c "$1" </dev/null >/dev/null 2>&1 &'

@@ -139,8 +139,11 @@ def _tell_group(argv: Sequence[str], *, has_session: bool) -> str:
     script = f"echo $$; exec {shlex.join(argv)}"
     if has_session:
         return script
+    inner = ["sh", "-c", script]
+    if list(argv[:2]) == ["sh", "-c"]:  # one shell tells its group and does the work: each start is dear in a guest
+        inner[2:] = [f"echo $$; {argv[2]}", *argv[3:]]
     # Process id, name, state, parent and group: proc_pid_stat(5).
-    return f'read -r _ _ _ _ g _ </proc/$$/stat; [ "$g" = $$ ] || exec setsid sh -c {shlex.quote(script)}; {script}'
+    return f'read -r _ _ _ _ g _ </proc/$$/stat; [ "$g" = $$ ] || exec setsid {shlex.join(inner)}; {script}'
 
 
 class _Run:

@@ -17,7 +17,7 @@ from vmbuild.guest.channel import (
     UnpackError,
     borrow_inbox,
     fill,
-    send_tar,
+    send_in,
     take_file,
     unpack,
 )
@@ -43,13 +43,19 @@ def unpack_tree(session: Session, folder: str, write_tar: Feed, channel: Channel
 
 
 def _unpack(session: Session, folder: str, write_tar: Feed, option: str, channel: Channel, report: Reporter) -> int:
+    take = partial(unpack, session, folder=folder, option=option, report=report)
+    return _send(write_tar, take, partial(_unpack_over_ssh, session, folder, option), channel, report)
+
+
+def _send(
+    feed: Feed, take: Callable[[Sealed], bool], over_ssh: Callable[[Feed], None], channel: Channel, report: Reporter
+) -> int:
+    """Send a feed that may be asked twice over the inbox where that is open, else over SSH; return its bytes."""
     try:
-        sent = send_tar(channel, session, folder, write_tar, option, report)
+        sent = send_in(channel, feed, take, report)
     except UnpackError as error:
         raise _unpack_failed(error.details) from error
-    if sent is not None:
-        return sent
-    return _counting(write_tar, partial(_unpack_over_ssh, session, folder, option), report)
+    return sent if sent is not None else _counting(feed, over_ssh, report)
 
 
 def _counting(feed: Feed, send: Callable[[Feed], None], report: Reporter) -> int:
@@ -86,6 +92,15 @@ def write_file(session: Session, path: str, feed: Feed) -> None:
     errors = bytearray()
     if session.run(["sh", "-c", 'cat >"$1"', "write", path], feed=feed, on_stderr=errors.extend) != 0:
         raise _unpack_failed(errors.decode(errors="replace"))
+
+
+def write_large_file(session: Session, path: str, feed: Feed, channel: Channel) -> None:
+    """Write a file of megabytes in the guest; who writes it shows how far. Raises GuestError when the guest cannot.
+
+    The feed may be asked twice.
+    """
+    take, over_ssh = partial(take_file, session, path=path), partial(write_file, session, path)
+    _send(feed, take, over_ssh, channel, SilentReporter())
 
 
 def write_stdin(session: Session, path: str, stdin: IO[bytes], channel: Channel, report: Reporter) -> int:

@@ -38,10 +38,19 @@ ROWS = {
 }
 
 
-def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, first_boot: bool = False) -> list[str]:
+def qemu_argv(
+    spec: MachineSpec,
+    qemu: Qemu,
+    files: MachineFiles,
+    uuid: str,
+    *,
+    first_boot: bool = False,
+    is_restored: bool = False,
+) -> list[str]:
     """Return the argv that starts a machine in its folder: sockets are named relative to it.
 
-    `first_boot` adds the drive that tells a disk from elsewhere what to become.
+    `first_boot` adds the drive that tells a disk from elsewhere what to become. One that `is_restored` waits for its
+    memory: the kernel is in it, and QEMU need not read it and keep it for a reboot, which there is none of.
 
     Not -daemonize: the sandbox comes first, and spawn=deny and elevateprivileges=deny each kill it (QEMU 10.0).
     """
@@ -59,7 +68,7 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, 
         *("-smp", str(spec.cpus)),
         *("-m", f"{spec.memory_mib}M"),
         *("-rtc", "base=utc"),
-        *_boot(image.boot, qemu, files),
+        *_boot(image.boot, qemu, files, is_restored=is_restored),
         *_drive("disk", "qcow2", files.disk.name, qemu),
         *_drive("seed", "raw", files.seed.name, qemu, read_only=True),
         *_drive("inbox", "raw", files.inbox.name, qemu, read_only=True),
@@ -77,6 +86,8 @@ def qemu_argv(spec: MachineSpec, qemu: Qemu, files: MachineFiles, uuid: str, *, 
         *("-chardev", _socket("qmp", files.qmp.name)),
         *("-mon", "chardev=qmp,mode=control"),
     ]
+    if is_restored:
+        argv += ["-incoming", "defer"]
     if qemu.sandbox:
         argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     return argv
@@ -96,15 +107,11 @@ def _anywhere(boot: KernelBoot | DiskBoot) -> KernelBoot | DiskBoot:
     return replace(boot, kernel=Path("kernel"), initrd=Path("initrd"), root=Path("root"))
 
 
-def _boot(boot: KernelBoot | DiskBoot, qemu: Qemu, files: MachineFiles) -> list[str]:
+def _boot(boot: KernelBoot | DiskBoot, qemu: Qemu, files: MachineFiles, *, is_restored: bool) -> list[str]:
     if isinstance(boot, DiskBoot):
         return _firmware(qemu, files)
-    return [
-        *("-kernel", str(boot.kernel)),
-        *("-initrd", str(boot.initrd)),
-        *("-append", " ".join(boot.kernel_args)),
-        *_drive("root", "raw", str(boot.root), qemu, read_only=True),
-    ]
+    kernel = ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", " ".join(boot.kernel_args)]
+    return [*([] if is_restored else kernel), *_drive("root", "raw", str(boot.root), qemu, read_only=True)]
 
 
 def _firmware(qemu: Qemu, files: MachineFiles) -> list[str]:

@@ -108,6 +108,11 @@ class MachineFiles:
         return self.folder / "qemu.log"
 
     @property
+    def renewal_log(self) -> Path:
+        """What the last renewal in the background had to say."""
+        return self.folder / "renewal.log"
+
+    @property
     def control_in(self) -> Path:
         """The pipe that carries orders to the guest."""
         return self.folder / "control.in"

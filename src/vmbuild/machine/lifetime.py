@@ -14,7 +14,7 @@ from vmbuild import process
 from vmbuild.deadline import Deadline
 from vmbuild.errors import HostError, MachineError, SuspendedError, UsageError, VmbuildError
 from vmbuild.lock import hold
-from vmbuild.machine import control, migration, resources, serial, suspension
+from vmbuild.machine import control, migration, ports, resources, serial, suspension
 from vmbuild.machine.argv import qemu_argv
 from vmbuild.machine.facts import Facts, describe, load_facts, write_facts
 from vmbuild.machine.files import MachineFiles
@@ -40,6 +40,9 @@ ROOM_BYTES = 64 * MIB
 
 ANSWER_S = 10.0
 """How long a QEMU that runs may take to answer on its monitor."""
+
+END_SAVING_S = 60.0
+"""How long a saving that was given up may take to end by itself."""
 
 ENDING_S = 10.0
 """How long a QEMU that was killed may take to give its memory back, and with it the lock on its disk."""
@@ -169,8 +172,7 @@ def start(
     _make_boxes(files)
     facts = describe(spec, qemu, disk_size(files))
     write_facts(files, facts)
-    argv = qemu_argv(spec, qemu, files, facts.uuid, first_boot=first_boot)
-    argv += ["-incoming", "defer"] if restore else []
+    argv = qemu_argv(spec, qemu, files, facts.uuid, first_boot=first_boot, is_restored=restore is not None)
     try:
         with ExitStack() as started:
             with writing_in(files.folder):
@@ -318,7 +320,8 @@ def _ask(files: MachineFiles) -> Answer:
     try:
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
             state = STATES.get(qmp.execute("query-status")["status"], "paused")
-            port = parse_ssh_port(qmp.hmp("info usernet"))
+            forwards = ports.parse_forwards(qmp.hmp("info usernet"))
+            port = next((each.host_port for each in forwards if each.guest_port == ports.SSH), None)
             with suppress(MachineError):  # a guest without the balloon's driver
                 return Answer(state, port, resources.memory_now_mib(qmp))
             return Answer(state, port)
@@ -326,22 +329,14 @@ def _ask(files: MachineFiles) -> Answer:
         return Answer("broken")
 
 
-def parse_ssh_port(usernet: str) -> int | None:
-    """Return the host's port that is forwarded to the guest's 22, from the table of `info usernet`."""
-    for line in usernet.splitlines():
-        words = line.split()
-        # TCP[HOST_FORWARD]  FD  127.0.0.1 PORT  10.0.2.15 22  0 0
-        if len(words) > 5 and words[0] == "TCP[HOST_FORWARD]" and words[5] == "22":
-            return int(words[3])
-    return None
-
-
 def resume(files: MachineFiles) -> None:
     """Let a paused machine go on. Raises HostError when the host's disk is full, which is why QEMU pauses one."""
-    with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+    patience = Deadline.after(END_SAVING_S)
+    limit = Deadline.after(END_SAVING_S + ANSWER_S)
+    with Qmp(files.qmp, limit) as qmp:
         if qmp.execute("query-status")["status"] == "io-error" and shutil.disk_usage(files.folder).free < ROOM_BYTES:
             raise _disk_full(files)
-        migration.give_up(qmp, Deadline.after(ANSWER_S))
+        migration.give_up(qmp, patience, limit)
         suspension.discard(files)  # half a memory, or one that will be older than the disk
         qmp.execute("cont")
 

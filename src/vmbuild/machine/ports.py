@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
@@ -12,6 +13,9 @@ from vmbuild.machine.qmp import Qmp
 ANSWER_S = 10.0
 GUEST = "10.0.2.15"
 """The guest's address in QEMU's user-mode network, whose first DHCP lease it is."""
+
+FORWARD, OVER = "TCP[HOST_FORWARD]", ("TCP[CLOSED]", "TCP[TIME_WAIT]")
+"""A row that is no connection but waits for some, and those of connections that have ended."""
 
 SSH = 22
 """The port of the guest that vmbuild itself needs; nobody else changes it."""
@@ -26,16 +30,24 @@ class Forward:
 
 
 def parse_forwards(usernet: str) -> list[Forward]:
-    """Return what is forwarded but for SSH, from the table of QEMU's `info usernet`."""
+    """Return what is forwarded, from the table of QEMU's `info usernet`.
+
+    Its rows: protocol and state, file descriptor, source address and port, destination address and port, two queues.
+    """
     rows = (line.split() for line in usernet.splitlines())
-    found = [Forward(int(row[3]), int(row[5])) for row in rows if len(row) > 5 and row[0] == "TCP[HOST_FORWARD]"]
-    return sorted(each for each in found if each.guest_port != SSH)
+    return sorted(Forward(int(row[3]), int(row[5])) for row in rows if len(row) > 5 and row[0] == FORWARD)
+
+
+def count_connections(usernet: str) -> int:
+    """Return how many TCP connections there are into the guest and out of it, from the same table."""
+    states = (line.split()[0] for line in usernet.splitlines() if line.split())
+    return sum(state.startswith("TCP[") and state not in (FORWARD, *OVER) for state in states)
 
 
 def list_forwards(files: MachineFiles) -> list[Forward]:
-    """Return what is forwarded to a machine's guest. Raises MachineError when it does not answer."""
+    """Return what is forwarded to a machine's guest but for SSH. Raises MachineError when it does not answer."""
     with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-        return parse_forwards(qmp.hmp("info usernet"))
+        return [each for each in parse_forwards(qmp.hmp("info usernet")) if each.guest_port != SSH]
 
 
 def add_forward(files: MachineFiles, wanted: Forward) -> None:
@@ -56,3 +68,17 @@ def remove_forward(files: MachineFiles, host_port: int) -> None:
         said = qmp.hmp(f"hostfwd_remove net tcp:127.0.0.1:{host_port}")
     if "removed" not in said:
         raise MachineError(f"the port {host_port} could not be closed", details=said.strip())
+
+
+def restore(files: MachineFiles, wanted: Sequence[Forward]) -> None:
+    """Forward what another QEMU of this machine did, in place of what this one chose itself. Raises MachineError."""
+    with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+        chosen = parse_forwards(qmp.hmp("info usernet"))
+    for each in wanted:
+        try:
+            add_forward(files, each)
+        except HostError:  # another program has taken the port meanwhile
+            continue
+        for other in chosen:
+            if other.guest_port == each.guest_port:
+                remove_forward(files, other.host_port)

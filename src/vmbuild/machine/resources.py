@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from vmbuild.deadline import Deadline
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.qmp import Qmp
@@ -43,3 +45,12 @@ def grow_disk(files: MachineFiles, size_bytes: int) -> None:
     """Make the disk this large, as the guest sees it. Raises MachineError."""
     with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
         qmp.execute("block_resize", **{"node-name": "disk", "size": size_bytes})
+
+
+def translated_bytes(qmp: Qmp) -> int:
+    """Return how much code QEMU has translated for its guest; 0 where the host's CPU runs the guest itself.
+
+    Source: QEMU's `info jit`, accel/tcg/monitor.c.
+    """
+    found = re.search(r"^gen code size +(\d+)/", qmp.hmp("info jit"), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vmbuild.deadline import Deadline
 from vmbuild.errors import MachineError
-from vmbuild.machine.qmp import connect_unix
+from vmbuild.machine.qmp import Qmp, connect_unix
 
 DETACH = b"\x1d"
 """Ctrl-], as telnet and virsh have it."""
@@ -67,6 +67,12 @@ def follow(log: Path, lines: int, wait: bool) -> Iterator[str]:
         position = size
         whole, newline, rest = rest.rpartition(b"\n")
         yield from read_lines(whole + newline)
+
+
+def is_attached(qmp: Qmp) -> bool:
+    """Tell whether somebody has connected to the console. Source: QEMU, qapi/char.json, ChardevInfo."""
+    found = {each["label"]: each["filename"] for each in qmp.execute("query-chardev")}
+    return not found.get("console", "disconnected:").startswith("disconnected:")
 
 
 def attach_console(path: Path) -> None:

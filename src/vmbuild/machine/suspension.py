@@ -16,7 +16,7 @@ from vmbuild.errors import HostError, MachineError, UsageError
 from vmbuild.machine.facts import Facts, hardware
 from vmbuild.machine.files import MachineFiles
 from vmbuild.machine.probe import Qemu
-from vmbuild.machine.snapshot import sparse_digest
+from vmbuild.machine.snapshot import is_unchanged, sparse_digest
 from vmbuild.model import MachineRequest, MachineSpec
 from vmbuild.plain import read_plain
 from vmbuild.whole import write_whole, writing_in
@@ -82,7 +82,7 @@ def check(files: MachineFiles, suspension: Suspension) -> None:
 
 def is_whole(files: MachineFiles, suspension: Suspension) -> bool:
     """Tell whether the saved memory is what was saved. Raises OSError when it is not there."""
-    return sparse_digest(files.memory) == suspension.digest
+    return is_unchanged(files.memory, suspension.digest)
 
 
 def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:
@@ -98,12 +98,11 @@ def refuse_differences(suspension: Suspension, request: MachineRequest) -> None:
             )
 
 
-def fit(suspension: Suspension, spec: MachineSpec, qemu: Qemu) -> MachineSpec:
-    """Return the machine that can go on from a suspension on this host.
+def fit(facts: Facts, spec: MachineSpec, qemu: Qemu, made_by: str = "another version") -> MachineSpec:
+    """Return the machine that can go on on this host as one with these facts; `made_by` is the version of its QEMU.
 
     Raises MachineError with the reason when none can: another QEMU, guest image or kind of machine.
     """
-    facts = suspension.facts
     if spec.image.digest != facts.image_digest:
         raise _cannot(f"it was made with the guest image {facts.image_digest[:12]}, here is {spec.image.digest[:12]}")
     if qemu.accel != facts.accel:
@@ -118,7 +117,7 @@ def fit(suspension: Suspension, spec: MachineSpec, qemu: Qemu) -> MachineSpec:
     try:
         same = hardware(whole, qemu) == facts.hardware
     except HostError as error:
-        raise _cannot(f"QEMU {suspension.qemu} made it, and {error.brief}") from error
+        raise _cannot(f"QEMU {made_by} made it, and {error.brief}") from error
     if not same:
         raise _cannot("it was made by a vmbuild whose machines are built in another way")
     return whole

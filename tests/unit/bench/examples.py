@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vmbuild.bench.phases import Kind, Phase
-from vmbuild.bench.result import Report, Result, Run
+from vmbuild.bench.result import Failure, Report, Result, Run
 from vmbuild.bench.sampler import Sample
 
 STEP = 'RUN echo "<b>&" && make -j$(nproc)'
@@ -30,6 +32,13 @@ def make_result(name: str = "hello", ours: float = 20.0, theirs: float = 40.0) -
     return Result(
         *(name, "linux/arm64", "Compiles.", 2, 2048, {"SIZE": "3"}, "ab" * 32, ("vm", "user"), facts, tuple(runs))
     )
+
+
+def make_failed(side: str) -> Result:
+    """Return a result of three runs of one side, the other's build having failed."""
+    found = make_result()
+    failure = Failure(side, 0, 61.2, tuple(f"word {each}" for each in (7, 6, 5, 2, 1, 0, "<&>" + "x" * 300)))
+    return replace(found, runs=tuple(run for run in found.runs if run.side != side), failures=(failure,))
 
 
 def make_report(*results: Result) -> Report:

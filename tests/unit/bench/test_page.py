@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.unit.bench.examples import make_report, make_result
+from tests.unit.bench.examples import make_failed, make_report, make_result
 from vmbuild.bench import charts, page
 from vmbuild.bench.sampler import Sample
 
@@ -70,6 +70,16 @@ def test_it_says_what_was_found() -> None:
 def test_no_clear_difference_is_called_so() -> None:
     words = "".join(read(page.render(make_report(make_result(ours=20, theirs=20)))).text)
     assert "No clear difference between vm and user" in words
+
+
+@pytest.mark.parametrize("side", ["vm", "user"])
+def test_what_one_side_cannot_build_is_said_with_its_last_words(side: str) -> None:
+    words = "".join(read(page.render(make_report(make_failed(side), make_result("other")))).text)
+    assert f"{side.capitalize()} could not build it." in words
+    assert f"{side}, warming up: the build failed after 61.2 s" in words
+    assert "word 0\nword <&>" in words
+    assert f"hello, linux/arm64: {side} could not build it." in words  # in the overview, where it has no ratio
+    assert "All 3 runs" in words
 
 
 def test_several_workloads_have_one_chart_before_all() -> None:

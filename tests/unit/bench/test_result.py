@@ -39,7 +39,7 @@ def test_json_has_runs_and_what_they_say_together() -> None:
     (result,) = data["results"]
     assert set(result) == {
         *("name", "platform", "description", "cpus", "memory_mib", "build_args", "dockerfile_sha256"),
-        *("sides", "side_facts", "runs", "summary"),
+        *("sides", "side_facts", "runs", "failures", "summary"),
     }
     assert set(result["runs"][0]) == {
         *("side", "number", "started_at", "seconds", "cpu_s", "peak_memory_bytes", "other_cpu_s", "disturbed"),

@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from vmbuild.bench.runner import Command, measure
-from vmbuild.errors import BuildError
+from vmbuild.bench.runner import Command, RunFailedError, measure
 
 
 def test_every_line_has_its_time() -> None:
@@ -30,10 +29,12 @@ def test_a_program_that_waits_is_told_to_go_on_by_who_prepared_it() -> None:
 
 
 def test_a_run_that_fails_says_its_last_words() -> None:
-    with pytest.raises(BuildError, match="exit code 3") as caught:
+    with pytest.raises(RunFailedError, match="exit code 3") as caught:
         measure(Command(["sh", "-c", "seq 100; exit 3"]))
     assert "\n100" in caught.value.details
     assert "\n50\n" not in caught.value.details
+    assert caught.value.words[-1] == "100"
+    assert 0 < caught.value.seconds < 20
 
 
 def test_what_it_started_ends_with_an_interruption() -> None:

@@ -51,7 +51,7 @@ def host_side(folder: Path, platform: str = "linux/arm64") -> Userspace:
 
 
 def test_the_script_builds_and_writes_the_archive(tmp_path: Path) -> None:
-    script = userspace.build_script(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar")
+    script = host_side(tmp_path).build_script(work(tmp_path), tmp_path / "o.tar")
     first, build, push = script.splitlines()
     assert first == "set -e"
     words = shlex.split(build)
@@ -73,31 +73,32 @@ NAME = "docker.io/library/debian:trixie-slim"
 
 
 def test_a_base_image_tells_the_emulator_its_cpu(tmp_path: Path, log: Path) -> None:
-    userspace.import_base(host_side(tmp_path), NAME, tmp_path / "base.tar")
+    host_side(tmp_path).import_base(NAME, tmp_path / "base.tar")
     assert log.read_text().splitlines() == [
         f"pull --quiet docker-archive:{tmp_path}/base.tar",
         f"tag 0123abcd {NAME}",
         f"from --pull-never --platform linux/arm64 {NAME}",
         "config --env QEMU_CPU=cortex-a76 work-1",
         f"commit --quiet --rm work-1 {NAME}",
+        "rm --all",
         "rmi --prune",
     ]
 
 
 def test_what_vmbuild_cannot_make_is_pulled(tmp_path: Path, log: Path) -> None:
-    userspace.import_base(host_side(tmp_path), "docker.io/library/alpine:3.22", None)
+    host_side(tmp_path).import_base("docker.io/library/alpine:3.22", None)
     assert log.read_text().splitlines()[0] == "from --pull --platform linux/arm64 docker.io/library/alpine:3.22"
 
 
 def test_a_native_build_has_no_emulator(tmp_path: Path, log: Path) -> None:
     native = Userspace(tmp_path, "linux/arm64", Runner.NATIVE, None)
-    userspace.import_base(native, NAME, tmp_path / "base.tar")
+    native.import_base(NAME, tmp_path / "base.tar")
     assert "QEMU_CPU" not in log.read_text()
 
 
 def test_a_build_leaves_its_archive_alone(tmp_path: Path, log: Path) -> None:
     (tmp_path / "o.tar").write_text("of the run before")
-    found = userspace.run_build(host_side(tmp_path), work(tmp_path), tmp_path / "o.tar")
+    found = host_side(tmp_path).run_build(work(tmp_path), tmp_path / "o.tar")
     assert (tmp_path / "o.tar").read_text() == "archive\n"
     assert [line.text for line in found.lines][-1] == "COMMIT x"
     assert log.read_text().splitlines()[-1] == "rmi --force localhost/vmbuild-bench:latest"
@@ -146,7 +147,7 @@ def test_a_missing_builder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_report_names_what_ran(tmp_path: Path, log: Path) -> None:
-    facts = userspace.describe(host_side(tmp_path))
+    facts = host_side(tmp_path).describe()
     assert facts["qemu"] == "10.0.2"
     assert facts["cpu"] == "cortex-a76"
     assert facts["builder"] == "buildah version 1.39"

@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from tests.unit.guest.fakes import FakeSession, Reply
 from tests.unit.listener import Listener
 from vmbuild.errors import GuestError
 from vmbuild.guest import channel
-from vmbuild.guest.channel import Channel, UnpackError, receive, send_tar
+from vmbuild.guest.channel import Channel, UnpackError, receive, send_in, unpack
 from vmbuild.guest.session import Feed, send
 from vmbuild.lock import attempt
 from vmbuild.model import MIB
-from vmbuild.report import SilentReporter
+from vmbuild.report import Reporter, SilentReporter
 
 pytestmark = pytest.mark.skipif(not Path("/usr/bin/tar").exists(), reason="GNU tar, which the guest has, is not here")
+
+SILENT = SilentReporter()
 
 
 def packed(**files: bytes) -> bytes:
@@ -52,15 +55,16 @@ def place(tmp_path: Path) -> str:
     return str(tmp_path / "place")
 
 
-def put(drives: Channel, guest: FakeSession, place: str, feed: Feed) -> int | None:
-    return send_tar(drives, guest, place, feed, "--no-same-owner", SilentReporter())
+def put(drives: Channel, guest: FakeSession, place: str, feed: Feed, report: Reporter = SILENT) -> int | None:
+    take = partial(unpack, guest, folder=place, option="--no-same-owner", report=report)
+    return send_in(drives, feed, take, report)
 
 
 def test_a_tar_arrives_and_the_inbox_is_empty_again(drives: Channel, guest: DriveSession, place: str) -> None:
     large = os.urandom(9 * MIB + 5)
     report = Listener()
     tar = packed(large=large, small=b"x")
-    assert send_tar(drives, guest, place, send(tar), "--no-same-owner", report) == len(tar)
+    assert put(drives, guest, place, send(tar), report) == len(tar)
     assert Path(place, "large").read_bytes() == large
     assert report.meters == [("context", None), ("unpack", len(tar))]
     assert report.advanced >= 2 * len(tar)

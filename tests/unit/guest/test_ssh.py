@@ -64,6 +64,13 @@ def test_arguments_arrive_as_they_are(session: SshSession) -> None:
     assert capture(session, ["printf", "%s|", *words]) == "".join(f"{word}|" for word in words)
 
 
+def test_a_shell_is_given_its_script_and_arguments(session: SshSession) -> None:
+    """In a group of its own, which a signal goes to, and in no other shell than the one that tells it."""
+    script = """printf '%s|' "$0" "$@"; read -r _ _ _ _ group _ </proc/self/stat; [ "$group" = $$ ]; exit $?"""
+    assert capture(session, ["sh", "-c", script, "it's", "a b", "$x"]) == "it's|a b|$x|"
+    assert "echo $$" in capture(session, ["sh", "-c", "ps -o args= -p $$"])
+
+
 def test_both_outputs_at_once_and_large(session: SshSession) -> None:
     out, err = bytearray(), bytearray()
     script = "head -c 10000000 /dev/zero; head -c 10000000 /dev/zero >&2; head -c 10000000 /dev/zero"

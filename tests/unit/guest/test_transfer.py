@@ -18,7 +18,7 @@ from vmbuild.guest.channel import Channel
 from vmbuild.guest.context import open_context
 from vmbuild.guest.docker import Workspace
 from vmbuild.guest.session import CHUNK_BYTES, send
-from vmbuild.guest.transfer import unpack_context, unpack_stdin, unpack_tree, write_file, write_stdin
+from vmbuild.guest.transfer import unpack_context, unpack_stdin, unpack_tree, write_file, write_large_file, write_stdin
 from vmbuild.model import MIB
 from vmbuild.report import SilentReporter
 
@@ -178,6 +178,31 @@ def test_large_standard_input_takes_the_drive_and_small_does_not(tmp_path: Path)
         assert session.calls[-1].argv[3] == words
         assert (session.calls[-1].stdin == b"") is (words == "take")
     assert channel.inbox.stat().st_blocks == 0
+
+
+@needs_tools
+@pytest.mark.parametrize("size", SIZES)
+def test_a_large_file_arrives_whole_whichever_way(
+    any_way: tuple[DriveSession, Channel], size: int, tmp_path: Path
+) -> None:
+    session, channel = any_way
+    data, path = os.urandom(size), tmp_path / "a 'file"
+    write_large_file(session, str(path), send(data), channel)
+    assert path.read_bytes() == data
+
+
+def test_a_large_file_takes_the_drive(tmp_path: Path) -> None:
+    session, channel = DriveSession(tmp_path / "drives"), make_channel(tmp_path / "drives")
+    write_large_file(session, str(tmp_path / "file"), send(b"data"), channel)
+    assert [call.argv[3] for call in session.calls] == ["take"]
+    assert channel.inbox.stat().st_blocks == 0
+
+
+def test_a_large_file_for_which_the_guest_has_no_room(tmp_path: Path) -> None:
+    session = FakeSession((("sh",), Reply(1, stderr=b"dd: error writing '/w/f': No space left on device\n")))
+    with pytest.raises(GuestError, match="disk is full"):
+        write_large_file(session, "/w/f", send(b"x"), make_channel(tmp_path / "drives"))
+    assert len(session.calls) == 1
 
 
 def test_standard_input_for_which_the_guest_has_no_room(tmp_path: Path) -> None:

@@ -102,6 +102,13 @@ def test_armhf_has_a_row_of_its_own() -> None:
     assert after(argv, "-machine") == ["virt-10.0,gic-version=2,highmem=on"]
 
 
+def test_what_is_restored_has_its_kernel_in_memory() -> None:
+    booted = argv_of(make_spec(IMAGE), make_qemu())
+    at = booted.index("-kernel")
+    restored = qemu_argv(make_spec(IMAGE), make_qemu(), FILES, UUID, is_restored=True)
+    assert restored == [*booted[:at], *booted[at + 6 : -2], "-incoming", "defer", *booted[-2:]]
+
+
 def test_commas_in_paths_are_doubled() -> None:
     argv = argv_of(make_spec(Path("/a,b")), make_qemu())
     assert "filename=/a,,b/root.squashfs" in " ".join(argv)
