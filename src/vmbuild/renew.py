@@ -2,7 +2,7 @@
 
 QEMU gives the host back what its guest does not use, but never the code that it has translated for it: after a large
 build that is a third of what it holds. The guest stands still for a few seconds and notices nothing but the time. Who
-is connected to it would be cut off: then it is not done.
+is connected to it would be cut off: then it is not done. A build that nobody follows goes on.
 """
 
 from __future__ import annotations
@@ -82,16 +82,14 @@ def _refuse(files: MachineFiles, user: str) -> None:
 def _wait_unused(files: MachineFiles, limit: Deadline) -> str:
     while True:
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-            user = _user(files, qmp)
+            user = _user(qmp)
         if not user or limit.passed:
             return user
         limit.sleep(0.1)
 
 
-def _user(files: MachineFiles, qmp: Qmp) -> str:
+def _user(qmp: Qmp) -> str:
     """Return who uses a machine, to be read after `used by`; empty when nobody does."""
-    if record.load_all(files.builds):
-        return "a build"
     if is_attached(qmp):
         return "a terminal on its console"
     count = ports.count_connections(qmp.hmp("info usernet"))
@@ -109,7 +107,7 @@ def renew(files: MachineFiles, home: Home) -> str:
         try:
             monitor.execute("stop")
             forwards = ports.parse_forwards(monitor.hmp("info usernet"))
-            user = _user(files, monitor)  # asked when the guest can begin nothing any more
+            user = _user(monitor)  # asked when the guest can begin nothing any more
         finally:
             if user:
                 monitor.execute("cont")
@@ -150,7 +148,7 @@ def renew_when_idle(name: str, home: Home) -> bool:
     """
     files = existing(name, home)
     limit = Deadline.after(PATIENCE_S)
-    while not limit.passed and _is_worth_it(files) and not record.load_all(files.builds):
+    while not limit.passed and _is_worth_it(files) and not record.had_secrets(files.builds):
         if not _is_idle(files) or _wait_unused(files, Deadline.after(0)):
             continue
         with running_session(name, home) as session:

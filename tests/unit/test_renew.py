@@ -69,15 +69,13 @@ def is_running(files: MachineFiles) -> bool:
 
 def use(files: MachineFiles, user: str) -> None:
     """Have somebody use a machine."""
-    if user == "a build":
-        record.save(files.builds, BUILD)
-    elif user == "a terminal on its console":
+    if user == "a terminal on its console":
         (files.folder / "attached").touch()
     else:
         (files.folder / "connections").write_text(CONNECTION * int(user.partition(" ")[0]))
 
 
-USERS = ("a build", "a terminal on its console", "1 network connection", "2 network connections")
+USERS = ("a terminal on its console", "1 network connection", "2 network connections")
 
 
 def test_an_idle_machine_goes_on_in_another_qemu(home: Home, files: MachineFiles) -> None:
@@ -107,13 +105,20 @@ def test_what_never_held_much_is_left_alone(home: Home, files: MachineFiles, mon
     assert pid_of(files) == before
 
 
-def test_the_cache_goes_first_but_not_from_a_build(home: Home, files: MachineFiles, guest: FakeSession) -> None:
-    use(files, "a build")
-    assert not renew.renew_when_idle("box", home)
-    assert guest.calls == []
-    record.forget(files.builds, BUILD)
+def test_the_cache_goes_first(home: Home, files: MachineFiles, guest: FakeSession) -> None:
     assert renew.renew_when_idle("box", home)
     assert "drop_caches" in str(guest.calls[0])
+
+
+def test_a_build_that_nobody_follows_is_kept_and_in_no_way(home: Home, files: MachineFiles) -> None:
+    """It may have ended long ago, and waits for an `attach` that never comes; one that waits for something goes on."""
+    record.save(files.builds, BUILD)
+    before = pid_of(files)
+    assert renew.renew_when_idle("box", home)
+    assert pid_of(files) != before
+    assert record.load_all(files.builds) == [BUILD]
+    renew.trim_memory("box", home, SilentReporter())
+    assert record.load_all(files.builds) == [BUILD]
 
 
 @pytest.mark.parametrize("user", USERS)
@@ -314,6 +319,7 @@ def test_it_is_not_begun_where_the_guest_may_remember_secrets(
     record.forget(files.builds, secret)
     renew.start_later(files, home)
     assert begun == []
+    assert not renew.renew_when_idle("box", home)  # it had none yet when this was begun
 
 
 def test_it_is_not_begun_where_little_comes_back(

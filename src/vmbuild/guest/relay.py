@@ -39,13 +39,15 @@ LOOK_EVERY_S = 1.0
 def serve(session: Session, path: Path, is_wanted: Wanted) -> None:
     """Listen on a Unix socket that only this user can open, and carry each connection, as long as it is wanted."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        path.unlink(missing_ok=True)
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
         before = os.umask(0o177)
         try:
-            listener.bind(str(path))
+            listener.bind(str(new))
         finally:
             os.umask(before)
         listener.listen(64)
+        new.replace(path)  # who sees it is not refused
         listener.settimeout(LOOK_EVERY_S)
         while is_wanted():
             with suppress(TimeoutError):
