@@ -120,7 +120,7 @@ def test_a_time_limit_ends_in_a_bundle_before_it_comes(awake: Cli, tmp_path: Pat
     slow_build(tmp_path / "context", 500)
     bundle = tmp_path / "kept.vmbundle"
     begun = time.monotonic()
-    limits = ("--time-limit", "60s", "--reserve", "20s", "--suspend-to", str(bundle))
+    limits = ("--time-limit", "60s", "--reserve", "40s", "--suspend-to", str(bundle))
     done = awake.run("build", str(tmp_path / "context"), "-t", "never:1", *limits)
     assert done.code == SUSPENDED, done.err
     assert time.monotonic() - begun < 60

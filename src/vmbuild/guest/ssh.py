@@ -117,7 +117,12 @@ class SshSession:
 @contextmanager
 def _closed_after(channel: paramiko.Channel, seconds: float) -> Iterator[None]:
     """Close a channel in so many seconds unless the block has ended: paramiko waits for a request without a limit."""
-    timer = threading.Timer(seconds, channel.close)
+
+    def close() -> None:
+        with suppress(paramiko.SSHException, OSError, EOFError):  # the connection may have broken before
+            channel.close()
+
+    timer = threading.Timer(seconds, close)
     timer.daemon = True
     timer.start()
     try:

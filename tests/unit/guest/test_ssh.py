@@ -419,6 +419,29 @@ def test_a_server_that_never_starts_the_program_costs_no_more_than_the_deadline(
     assert time.monotonic() - begun < 5
 
 
+def test_a_connection_that_broke_before_its_channel_is_closed_is_no_matter(
+    session: SshSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(channel: paramiko.Channel) -> None:
+        real(channel)
+        raise EOFError  # as where the end of the connection cannot be told any more
+
+    def dawdle(self: server.Server, channel: paramiko.Channel, command: bytes) -> bool:
+        time.sleep(2)
+        return True
+
+    real, said = paramiko.Channel.close, list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(paramiko.Channel, "close", close)
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    monkeypatch.setattr(server.Server, "check_channel_exec_request", dawdle)
+    with pytest.raises(GuestError, match="did not end in time"):
+        session.run(["true"], deadline=Deadline.after(0.5))
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.join(5)
+    assert said == []
+
+
 def test_nobody_listens(guest: Guest) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
