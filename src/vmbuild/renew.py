@@ -8,12 +8,10 @@ is connected to it would be cut off: then it is not done. A build that nobody fo
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import suppress
 
 from vmbuild import process, record, start
 from vmbuild.deadline import Deadline
-from vmbuild.errors import HostError, MachineError
+from vmbuild.errors import MachineError
 from vmbuild.guest import resources
 from vmbuild.lock import attempt
 from vmbuild.machine import lifetime, ports
@@ -82,17 +80,17 @@ def _refuse(files: MachineFiles, user: str) -> None:
 def _wait_unused(files: MachineFiles, limit: Deadline) -> str:
     while True:
         with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-            user = _user(qmp)
+            user = _user(qmp, qmp.hmp("info usernet"))
         if not user or limit.passed:
             return user
         limit.sleep(0.1)
 
 
-def _user(qmp: Qmp) -> str:
-    """Return who uses a machine, to be read after `used by`; empty when nobody does."""
+def _user(qmp: Qmp, usernet: str) -> str:
+    """Return who uses a machine, its `info usernet` given, to be read after `used by`; empty when nobody does."""
     if is_attached(qmp):
         return "a terminal on its console"
-    count = ports.count_connections(qmp.hmp("info usernet"))
+    count = ports.count_connections(usernet)
     return f"{count} network connection{'s' if count > 1 else ''}" if count else ""
 
 
@@ -106,8 +104,8 @@ def renew(files: MachineFiles, home: Home) -> str:
         user = "something that was not found out"
         try:
             monitor.execute("stop")
-            forwards = ports.parse_forwards(monitor.hmp("info usernet"))
-            user = _user(monitor)  # asked when the guest can begin nothing any more
+            usernet = monitor.hmp("info usernet")  # asked when the guest can begin nothing any more
+            forwards, user = ports.parse_forwards(usernet), _user(monitor, usernet)
         finally:
             if user:
                 monitor.execute("cont")
@@ -123,14 +121,12 @@ def start_later(files: MachineFiles, home: Home) -> None:
 
     Not where it may remember a build's secrets: for a moment its memory is a file of this host.
     """
-    if os.environ.get("CI") or record.had_secrets(files.builds):  # in CI the next build comes at once, or none
+    if record.had_secrets(files.builds):
         return
-    places = {"VMBUILD_CACHE_DIR": str(home.cache), "VMBUILD_STATE_DIR": str(home.state)}
-    argv = [sys.executable, "-m", "vmbuild", "trim", files.name, "--memory", "--when-idle"]
-    with suppress(HostError, MachineError, OSError):
-        if _is_worth_it(files):
-            with process.starting(argv, cwd=files.folder, log=files.renewal_log, env={**os.environ, **places}):
-                pass
+    env = {**os.environ, "VMBUILD_CACHE_DIR": str(home.cache), "VMBUILD_STATE_DIR": str(home.state)}
+    start.begin_later(
+        ["trim", files.name, "--memory", "--when-idle"], files.renewal_log, env, lambda: _is_worth_it(files)
+    )
 
 
 def _is_worth_it(files: MachineFiles) -> bool:

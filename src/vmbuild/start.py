@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -257,13 +257,26 @@ def _image_of(kept: Suspension, request: MachineRequest, home: Home, report: Rep
 
 def _start_making(shape: Shape, key: str, request: MachineRequest, home: Home) -> None:
     """Have the snapshot made that the next start of such a machine wants, in the background and out of the way."""
-    if os.environ.get("CI"):  # a job has no next start, and no CPU time to spare
-        return
+
+    def is_wanted() -> bool:
+        return _has_room(request, home) and snapshot.may_try(home.cache, key)
+
     env = {**asking_for(request, home.cache), "VMBUILD_ARCH": arch_name(shape.spec.image.arch)}
-    argv = [sys.executable, "-m", "vmbuild", "images", "snapshot", "--in-background"]
-    with suppress(HostError, OSError):  # the machine is up: what else could not be done can wait for another start
-        if _has_room(request, home) and snapshot.may_try(home.cache, key):
-            with process.starting(argv, cwd=home.cache, log=home.cache / "snapshot.log", env=env):
+    begin_later(["images", "snapshot", "--in-background"], home.cache / "snapshot.log", env, is_wanted)
+
+
+def begin_later(words: Sequence[str], log: Path, env: Mapping[str, str], is_wanted: Callable[[], bool]) -> None:
+    """Have another vmbuild do something in the background, beside its log, where that is wanted.
+
+    Not in CI: a job has no CPU time to spare, and its next build comes at once or never. What cannot be begun costs
+    nothing: the machine is up, and it can wait for another time.
+    """
+    if os.environ.get("CI"):
+        return
+    argv = [sys.executable, "-m", "vmbuild", *words]
+    with suppress(HostError, MachineError, OSError):
+        if is_wanted():
+            with process.starting(argv, cwd=log.parent, log=log, env=env):
                 pass
 
 
