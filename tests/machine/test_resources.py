@@ -30,6 +30,10 @@ def test_a_build_goes_on_while_its_machine_changes(resized: Cli, tmp_path: Path)
     )
     running = resized.start("build", str(tmp_path), "-t", "resized:1", "--progress", "plain")
     wait_until(lambda: "sleep 1" in resized.guest("ps -o args"), "the step runs", 120)
+    containers = "/sys/fs/cgroup/docker"
+    weight, *step = resized.guest(f"cat {containers}/cpu.weight; cat {containers}/buildkit/*/cgroup.procs").split()
+    assert weight == "10"
+    assert step
     begun = time.monotonic()
     resized.ok("resize", "--cpus", "1", "--memory", "700M")
     assert time.monotonic() - begun < 30  # a hang, not a figure: scripts/measure has those

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import paramiko
-from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
+from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, MSG_CHANNEL_SUCCESS, OPEN_SUCCEEDED
 
 from vmbuild.guest.keys import ensure_key
 from vmbuild.model import Endpoint
@@ -48,8 +48,23 @@ class Server(paramiko.ServerInterface):
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         run = run_on_terminal if channel.get_id() in self._with_terminal else run_command
-        threading.Thread(target=run, args=(channel, command), daemon=True).start()
+        transport = channel.get_transport()
+        assert isinstance(transport, Transport)
+        transport.accepted.append(threading.Thread(target=run, args=(channel, command), daemon=True))
         return True
+
+
+class Transport(paramiko.Transport):
+    """Starts a program when the request for it has been answered: its end must not be told before its beginning."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.accepted: list[threading.Thread] = []
+        super().__init__(sock)
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        super()._send_user_message(data)  # type: ignore[misc] # the one place that all answers go through
+        while self.accepted and data.asbytes()[0] == MSG_CHANNEL_SUCCESS:
+            self.accepted.pop().start()
 
 
 def run_on_terminal(channel: paramiko.Channel, command: bytes) -> None:
@@ -131,7 +146,7 @@ class Guest:
         with suppress(OSError):
             while True:
                 sock, _ = self.listener.accept()
-                transport = paramiko.Transport(sock)
+                transport = Transport(sock)
                 transport.add_server_key(paramiko.Ed25519Key.from_private_key_file(str(self.folder / "host")))
                 self.transports.append(transport)
                 with suppress(paramiko.SSHException, EOFError):
