@@ -100,13 +100,21 @@ def running_session(name: str, home: Home, limit_s: float = 30.0) -> Iterator[Se
 
 
 def _connect_running(name: str, home: Home, limit: Deadline) -> Session:
-    files = running(name, home)
-    try:
-        return connect(files, limit)
-    except GuestError:
-        if is_free(files.lock):
-            raise
-        return connect(running(name, home), limit)  # it began to be moved when we had looked
+    while True:
+        files = running(name, home)
+        looked = _resting_pid(files)
+        try:
+            return connect(files, limit)
+        except GuestError:
+            was_moved = looked is None or looked != _resting_pid(files)
+            if not was_moved or limit.passed:
+                raise
+        limit.sleep(0.1)
+
+
+def _resting_pid(files: MachineFiles) -> int | None:
+    """Return the process id of a machine's QEMU; None while some command may be moving the machine to another."""
+    return lifetime.find_pid(files) if is_free(files.lock) else None
 
 
 def at_rest(name: str, home: Home) -> MachineFiles:

@@ -20,7 +20,7 @@ from vmbuild.machine.qmp import Qmp
 from vmbuild.machine.resources import translated_bytes
 from vmbuild.machine.serial import is_attached
 from vmbuild.model import GIB, MIB, Freed, Home
-from vmbuild.reach import existing, running_session
+from vmbuild.reach import at_rest, existing, running_session
 from vmbuild.report import Reporter, SilentReporter
 
 WORTH_BYTES = 64 * MIB
@@ -51,7 +51,7 @@ def trim_memory(name: str, home: Home, report: Reporter) -> Freed:
 
     Raises MachineError when it does not run, or somebody uses it.
     """
-    files = existing(name, home)
+    files = at_rest(name, home)
     before = _rss_bytes(files)
     report.step(f"Looking who uses the machine {name}")
     _refuse(files, _wait_unused(files, Deadline.after(LEAVE_S)))

@@ -91,6 +91,46 @@ def test_a_connection_that_a_move_has_cut_off_is_made_again(
     movers[0].join()
 
 
+def test_a_connection_that_a_move_has_cut_off_is_made_again_though_the_move_has_ended(
+    home: Home,
+    files: MachineFiles,
+    session: FakeSession,
+    moving: Callable[[], threading.Thread],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    movers: list[threading.Thread] = []
+
+    def connect(*_: object) -> Session:
+        if not movers:
+            movers.append(moving())
+            movers[0].join()
+            raise GuestError("it hung up")
+        return session
+
+    monkeypatch.setattr(reach, "connect", connect)
+    with reach.running_session("box", home) as found:
+        assert found is session
+
+
+def test_a_guest_that_never_answers_a_command_that_works_on_it_is_given_up(
+    home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def connect(*_: object) -> Session:
+        asked.append(1)
+        raise GuestError("nobody answers")
+
+    monkeypatch.setattr(reach, "connect", connect)
+    with (
+        lifetime.lock(files, SilentReporter()),
+        pytest.raises(GuestError),
+        reach.running_session("box", home, limit_s=0.5),
+    ):
+        pass
+    assert len(asked) > 1
+
+
 def test_nobody_is_waited_for_who_does_not_work_on_it(home: Home, files: MachineFiles, session: FakeSession) -> None:
     operate.suspend("box", home, SilentReporter())
     begun = time.monotonic()
