@@ -16,8 +16,8 @@ from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Endpoint, Home, MachineStatus
 from vmbuild.report import Reporter
 
-MOVING, MOVE_S = ("paused", "suspended", "restoring"), 20.0
-"""What a machine is while it goes on in another QEMU (`renew`), and how long that may take."""
+MOVING, MOVE_S = ("paused", "suspended", "restoring", "broken"), 20.0
+"""What a machine may be while it goes on in another QEMU (`renew`), until SSH leads to it; how long that may take."""
 
 
 def write_seed(files: MachineFiles, hostname: str, environment: Mapping[str, str]) -> None:
@@ -50,7 +50,10 @@ def endpoint_of(files: MachineFiles) -> Endpoint:
     """Return where a machine's guest listens. Raises MachineError when it does not."""
     now = lifetime.status(files)
     if now.ssh_port is None:
-        raise MachineError(f"the machine {now.name} forwards no SSH port", resolution="Run `vmbuild down` and `up`.")
+        raise MachineError(
+            f"no port leads to the SSH server of the machine {now.name}",
+            resolution=f"`vmbuild up --name {now.name}` opens one.",
+        )
     return Endpoint("127.0.0.1", now.ssh_port, "root", files.client_key, files.host_public_key)
 
 
@@ -70,13 +73,17 @@ def _settle(files: MachineFiles) -> MachineStatus:
     """Wait, though not for ever, for a command that moves a machine to another QEMU; return what it is then."""
     limit = Deadline.after(MOVE_S)
     now = lifetime.status(files)
-    while now.state in MOVING and not limit.passed:
+    while (now.state in MOVING or _is_waking(now)) and not limit.passed:
         nobody_moves_it = is_free(files.lock)
         now = lifetime.status(files)  # whoever did may have ended since it was asked
         if nobody_moves_it:
             break
         limit.sleep(0.1)
     return now
+
+
+def _is_waking(now: MachineStatus) -> bool:
+    return now.state == "running" and now.ssh_port is None
 
 
 def check_state(files: MachineFiles, now: MachineStatus) -> None:

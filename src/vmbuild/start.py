@@ -140,6 +140,8 @@ def _is_running(request: MachineRequest, files: MachineFiles, report: Reporter) 
     now = lifetime.status(files)
     if now.state == "running":
         _warn_of_differences(request, now, report)
+        if now.ssh_port is None:  # who woke it up was ended before it had
+            ports.open_for_awake(files)
         return True
     if now.state == "paused" and files.suspension.exists():
         # Who suspended it was ended before QEMU was, or who let it go on before it ran: what was saved is all of it.
@@ -176,9 +178,10 @@ def _restore(
     return _wait_awake(files, Deadline.after(max(WAKE_S, request.timeout_s / 3)), report)
 
 
-def _wait_awake(files: MachineFiles, limit: Deadline, report: Reporter) -> Session:
+def _wait_awake(files: MachineFiles, limit: Deadline, report: Reporter, forwards: Sequence[Forward] = ()) -> Session:
     load_ssh()
     control.wait_for(files, "awake", limit)
+    ports.open_for_awake(files, forwards)
     return wait_ready(files, limit, report)
 
 
@@ -217,9 +220,7 @@ def wake(
         discard = partial(suspension.discard, files)
         restore = lifetime.Restore(files.memory, order, check, at_last=discard, fast=kept.fast, is_own=True)
         lifetime.start(spec, files, qemu, restore=restore)
-    if forwards:
-        ports.restore(files, forwards)
-    return _wait_awake(files, limit, report)
+    return _wait_awake(files, limit, report, forwards)
 
 
 def fit_here(kept: Suspension, request: MachineRequest, home: Home, report: Reporter) -> tuple[MachineSpec, Qemu]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from tests.unit.guest.fakes import FakeSession, Reply
 from vmbuild import operate, reach, start
 from vmbuild.deadline import Deadline
-from vmbuild.errors import GuestError, SuspendedError
+from vmbuild.errors import GuestError, MachineError, SuspendedError
 from vmbuild.guest.session import Session
-from vmbuild.machine import lifetime
+from vmbuild.machine import control, lifetime, ports
 from vmbuild.machine.files import MachineFiles
 from vmbuild.model import Home, MachineRequest
 from vmbuild.report import SilentReporter
@@ -110,6 +111,50 @@ def test_a_connection_that_a_move_has_cut_off_is_made_again_though_the_move_has_
     monkeypatch.setattr(reach, "connect", connect)
     with reach.running_session("box", home) as found:
         assert found is session
+
+
+def test_a_guest_that_wakes_up_is_not_reached_and_waited_for(
+    home: Home, files: MachineFiles, session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs already, and is about to end the SSH server that it was saved with."""
+    woken = threading.Event()
+
+    def wait_for(*_: object) -> None:
+        assert lifetime.status(files).state == "running"
+        assert lifetime.status(files).ssh_port is None
+        woken.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(control, "wait_for", wait_for)
+    mover = threading.Thread(target=moved, args=(files, home, threading.Event()))
+    mover.start()
+    assert woken.wait(20)
+    with reach.running_session("box", home):
+        assert lifetime.status(files).ssh_port is not None
+    mover.join()
+
+
+def test_a_guest_that_nobody_opened_a_port_to_is_opened_by_up(
+    home: Home, files: MachineFiles, session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who woke it up was killed."""
+    ports.remove_forward(files, lifetime.status(files).ssh_port or 0)
+    with pytest.raises(MachineError, match="no port leads") as told:
+        reach.endpoint_of(files)
+    assert "`vmbuild up --name box`" in str(told.value.resolution)
+    operate.up(REQUEST, home, SilentReporter())
+    assert reach.endpoint_of(files).port == lifetime.status(files).ssh_port
+
+
+def test_a_qemu_that_is_silent_while_it_is_worked_on_is_waited_for(
+    home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has just been told to end, or has not opened its monitor yet."""
+    real, answers = lifetime.status, ["broken", "broken", "running"]
+    monkeypatch.setattr(lifetime, "status", lambda files: replace(real(files), state=answers.pop(0)))
+    with lifetime.lock(files, SilentReporter()):
+        assert reach.running("box", home) == files
+    assert answers == []
 
 
 def test_a_guest_that_never_answers_a_command_that_works_on_it_is_given_up(

@@ -205,11 +205,15 @@ def test_ports_stay_as_they_were(home: Home, files: MachineFiles, monkeypatch: p
 def test_a_port_that_another_program_took_is_given_up(
     home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_QEMU_SSH_PORT", "8080")
     ports.add_forward(files, Forward(8080, 80))
+    ports.add_forward(files, Forward(8081, 81))
+    monkeypatch.setenv("FAKE_QEMU_TAKEN_PORT", "8080")
     renew.renew(files, home)
-    # The first comes back; the second is the new one's own, and it has that already.
-    assert lifetime.status(files).ssh_port == 40222
+    assert ports.list_forwards(files) == [Forward(8081, 81)]
+    monkeypatch.setenv("FAKE_QEMU_SSH_PORT", "40333")
+    monkeypatch.setenv("FAKE_QEMU_TAKEN_PORT", "40222")
+    renew.renew(files, home)
+    assert lifetime.status(files).ssh_port == 40333
 
 
 def test_what_could_not_go_on_is_not_stopped(home: Home, files: MachineFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ MAX_TB_MIB = 512
 CPU_OPTIONS = "pmu=off"
 """Performance counters, which QEMU would bring up to date whenever the guest enters its kernel or leaves it."""
 
+SSH_FORWARD = ",hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,7 +52,8 @@ def qemu_argv(
     """Return the argv that starts a machine in its folder: sockets are named relative to it.
 
     `first_boot` adds the drive that tells a disk from elsewhere what to become. One that `is_restored` waits for its
-    memory: the kernel is in it, and QEMU need not read it and keep it for a reboot, which there is none of.
+    memory: the kernel is in it, and QEMU need not read it and keep it for a reboot, which there is none of. Nobody
+    reaches its guest before that is awake: see `ports.open_for_awake`.
 
     Not -daemonize: the sandbox comes first, and spawn=deny and elevateprivileges=deny each kill it (QEMU 10.0).
     """
@@ -74,7 +77,7 @@ def qemu_argv(
         *_drive("inbox", "raw", files.inbox.name, qemu, read_only=True),
         *_drive("outbox", "raw", files.outbox.name, qemu),
         *(_drive("cidata", "raw", files.first_boot.name, qemu, read_only=True) if first_boot else []),
-        *("-netdev", f"user,id=net,{_network(image.boot)},hostfwd=tcp:127.0.0.1:0-10.0.2.15:22"),
+        *("-netdev", f"user,id=net,{_network(image.boot)}{'' if is_restored else SSH_FORWARD}"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-device", "virtio-rng-pci"),
         *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vmbuild.deadline import Deadline
@@ -19,6 +20,9 @@ FORWARD, OVER = "TCP[HOST_FORWARD]", ("TCP[CLOSED]", "TCP[TIME_WAIT]")
 
 SSH = 22
 """The port of the guest that vmbuild itself needs; nobody else changes it."""
+
+ANY = 0
+"""Any port of the host that is free."""
 
 
 @dataclass(frozen=True, order=True)
@@ -70,15 +74,16 @@ def remove_forward(files: MachineFiles, host_port: int) -> None:
         raise MachineError(f"the port {host_port} could not be closed", details=said.strip())
 
 
-def restore(files: MachineFiles, wanted: Sequence[Forward]) -> None:
-    """Forward what another QEMU of this machine did, in place of what this one chose itself. Raises MachineError."""
-    with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
-        chosen = parse_forwards(qmp.hmp("info usernet"))
+def open_for_awake(files: MachineFiles, wanted: Sequence[Forward] = ()) -> None:
+    """Forward to a guest that has just woken up what led to it before, and SSH in any case.
+
+    Not sooner: its SSH server starts anew while it wakes up, and would cut off who came before. Raises MachineError, or
+    HostError where this host has no port at all.
+    """
     for each in wanted:
-        try:
+        with suppress(HostError):  # another program has taken the port meanwhile
             add_forward(files, each)
-        except HostError:  # another program has taken the port meanwhile
-            continue
-        for other in chosen:
-            if other.guest_port == each.guest_port:
-                remove_forward(files, other.host_port)
+    with Qmp(files.qmp, Deadline.after(ANSWER_S)) as qmp:
+        is_reached = any(each.guest_port == SSH for each in parse_forwards(qmp.hmp("info usernet")))
+    if not is_reached:
+        add_forward(files, Forward(ANY, SSH))

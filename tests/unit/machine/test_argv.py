@@ -106,6 +106,8 @@ def test_what_is_restored_has_its_kernel_in_memory() -> None:
     booted = argv_of(make_spec(IMAGE), make_qemu())
     at = booted.index("-kernel")
     restored = qemu_argv(make_spec(IMAGE), make_qemu(), FILES, UUID, is_restored=True)
+    network = booted.index("-netdev") + 1
+    booted[network] = booted[network].replace(",hostfwd=tcp:127.0.0.1:0-10.0.2.15:22", "")  # until it is awake
     assert restored == [*booted[:at], *booted[at + 6 : -2], "-incoming", "defer", *booted[-2:]]
 
 
