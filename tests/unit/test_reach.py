@@ -71,18 +71,22 @@ def test_a_machine_that_is_moved_is_waited_for(
     mover.join()
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
 def test_a_connection_that_a_move_has_cut_off_is_made_again(
     home: Home,
     files: MachineFiles,
     session: FakeSession,
     moving: Callable[[], threading.Thread],
     monkeypatch: pytest.MonkeyPatch,
+    has_ended: bool,
 ) -> None:
     movers: list[threading.Thread] = []
 
     def connect(*_: object) -> Session:
         if not movers:
             movers.append(moving())
+            if has_ended:
+                movers[0].join()
             raise GuestError("it hung up")
         return session
 
@@ -90,27 +94,6 @@ def test_a_connection_that_a_move_has_cut_off_is_made_again(
     with reach.running_session("box", home) as found:
         assert found is session
     movers[0].join()
-
-
-def test_a_connection_that_a_move_has_cut_off_is_made_again_though_the_move_has_ended(
-    home: Home,
-    files: MachineFiles,
-    session: FakeSession,
-    moving: Callable[[], threading.Thread],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    movers: list[threading.Thread] = []
-
-    def connect(*_: object) -> Session:
-        if not movers:
-            movers.append(moving())
-            movers[0].join()
-            raise GuestError("it hung up")
-        return session
-
-    monkeypatch.setattr(reach, "connect", connect)
-    with reach.running_session("box", home) as found:
-        assert found is session
 
 
 def test_a_guest_that_wakes_up_is_not_reached_and_waited_for(
