@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import paramiko
+from paramiko.common import MSG_CHANNEL_CLOSE, MSG_CHANNEL_DATA, MSG_CHANNEL_EOF, MSG_CHANNEL_WINDOW_ADJUST
 
 from vmbuild.deadline import NEVER, Deadline
 from vmbuild.errors import GuestError, MachineError, VmbuildError
@@ -35,6 +36,38 @@ START_S = 5.0
 
 STAIRCASE = (("INT", 10.0), ("TERM", 5.0), ("KILL", 5.0))
 """How a program in the guest is ended: each signal and the seconds it has."""
+
+
+class Transport(paramiko.Transport):
+    """Sends nothing over a channel that has been closed.
+
+    paramiko's threads do: one has made a message and not sent it yet when another closes the channel. dropbear then
+    ends the whole connection, with all that runs over it.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sending = threading.Lock()
+        self._closed = set[int]()
+        super().__init__(sock, default_window_size=WINDOW_BYTES)
+
+    def open_session(
+        self, window_size: int | None = None, max_packet_size: int | None = None, timeout: float | None = None
+    ) -> paramiko.Channel:
+        """Open a channel, which may get the number of one that was closed. Raises SSHException."""
+        channel = super().open_session(window_size, max_packet_size, timeout)
+        self._closed.discard(channel.remote_chanid)
+        return channel
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        """Send a message: its kind and, of these, the number that the other side gave the channel (RFC 4254, 5)."""
+        message = data.asbytes()
+        kind, number = message[0], int.from_bytes(message[1:5], "big")
+        with self._sending:
+            if kind in (MSG_CHANNEL_DATA, MSG_CHANNEL_EOF, MSG_CHANNEL_WINDOW_ADJUST) and number in self._closed:
+                return
+            if kind == MSG_CHANNEL_CLOSE:
+                self._closed.add(number)
+            super()._send_user_message(data)  # type: ignore[misc] # the one place that all of them go through
 
 
 class SshSession:
@@ -174,6 +207,7 @@ class _Run:
         self._head = b""
         self._group: str | None = None
         self._feed_error: BaseException | None = None
+        self._sink = _ChannelSink(channel)
         self._feeder = threading.Thread(target=self._run_feed, args=(feed,), daemon=True)
 
     def to_the_end(self, signal: Signal, on_tick: Tick) -> int:
@@ -189,15 +223,15 @@ class _Run:
             raise
         finally:
             self._channel.close()
+            self._sink.settle()
 
     def _run_feed(self, feed: Feed | None) -> None:
         if feed is None and self._has_terminal:
             return  # a terminal has no half: told that no input comes, dropbear hangs it up, and the program dies
         try:
             if feed is not None:
-                feed(_ChannelSink(self._channel))
-            with _stopping_reading():
-                self._channel.shutdown_write()
+                feed(self._sink)
+            self._sink.end()
         except _ProgramStoppedReading:
             pass  # it ended, or closed its input, before it had read all: its exit code says the rest
         except BaseException as error:
@@ -305,10 +339,20 @@ class _InVain(Exception):
 class _ChannelSink:
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
+        self._sending = threading.Lock()
 
     def write(self, data: bytes, /) -> None:
-        with _stopping_reading():
+        with self._sending, _stopping_reading():
             self._channel.sendall(data)
+
+    def end(self) -> None:
+        with self._sending, _stopping_reading():
+            self._channel.shutdown_write()
+
+    def settle(self) -> None:
+        """Wait until nothing is being sent over the channel, which is closed: the next one may have its number."""
+        with self._sending:
+            pass
 
 
 @contextmanager
@@ -358,7 +402,7 @@ def _log_in(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transport:
 def _open_transport(endpoint: Endpoint, deadline: Deadline) -> paramiko.Transport:
     try:
         sock = socket.create_connection((endpoint.host, endpoint.port), timeout=deadline.remaining_s(5))
-        transport = paramiko.Transport(sock, default_window_size=WINDOW_BYTES)
+        transport = Transport(sock)
         # User-mode networking accepts at once and waits for the guest; a banner that is late will not come.
         transport.banner_timeout = deadline.remaining_s(5)
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from paramiko.common import AUTH_SUCCESSFUL
+from paramiko.common import AUTH_SUCCESSFUL, MSG_CHANNEL_CLOSE, MSG_CHANNEL_DATA, MSG_CHANNEL_EOF
 
 from tests.unit.guest import server
 from tests.unit.guest.server import Guest, serve
@@ -440,6 +440,33 @@ def test_a_connection_that_broke_before_its_channel_is_closed_is_no_matter(
         if isinstance(timer, threading.Timer):
             timer.join(5)
     assert said == []
+
+
+def test_nothing_is_sent_over_a_channel_that_was_closed(session: SshSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the thread that sends has made its message before, and another the one that closes: dropbear hangs up."""
+
+    def dawdle(self: ssh.Transport, data: paramiko.Message) -> None:
+        if not self.server_mode and data.asbytes()[0] in (MSG_CHANNEL_DATA, MSG_CHANNEL_EOF):
+            time.sleep(0.3)
+        late(self, data)
+
+    def note(self: paramiko.Transport, data: paramiko.Message) -> None:
+        kind, number = data.asbytes()[0], int.from_bytes(data.asbytes()[1:5], "big")
+        if not self.server_mode and kind in (MSG_CHANNEL_DATA, MSG_CHANNEL_EOF, MSG_CHANNEL_CLOSE):
+            sent.append((kind, number))
+        real(self, data)
+
+    sent = list[tuple[int, int]]()
+    late, real = ssh.Transport._send_user_message, paramiko.Transport._send_user_message  # type: ignore[attr-defined]
+    monkeypatch.setattr(ssh.Transport, "_send_user_message", dawdle)
+    monkeypatch.setattr(paramiko.Transport, "_send_user_message", note)
+    for _ in range(3):
+        assert session.run(["sh", "-c", "exit 3"]) == 3
+    assert capture(session, ["cat"], feed=send(b"all of it")) == "all of it"
+    closed = [number for kind, number in sent if kind == MSG_CHANNEL_CLOSE]
+    for number in closed:
+        assert [kind for kind, of in sent if of == number][-1] == MSG_CHANNEL_CLOSE
+    assert len(closed) == 4
 
 
 def test_nobody_listens(guest: Guest) -> None:
